@@ -1,0 +1,138 @@
+"""The torch op: schema, choice of backend, fake kernel, autograd.
+
+The op itself is a small Python kernel that picks a backend at run time, so that the choice is
+never baked into a traced graph.  Compiled backends are ops of their own, with the same arguments.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import reference
+
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+SUPPORT: backends.Support = {
+    "cpu": _FLOATS | {torch.float64},
+    "triton": _FLOATS,
+    "reference": _FLOATS | {torch.float64},
+}
+
+_lib = torch.library.Library("vsod_ops", "FRAGMENT")
+_FORWARD = "(Tensor q, Tensor[] keys, Tensor[] values, float scale{}) -> (Tensor out, Tensor lse)"
+_BACKWARD = (
+    "(Tensor grad_out, Tensor q, Tensor[] keys, Tensor[] values, Tensor out, Tensor lse, "
+    "float scale, bool need_q, bool[] need_keys, bool[] need_values{}) "
+    "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues)"
+)
+# lse is in the compute dtype (float64 for float64).  A gradient that is not needed comes back
+# as a tensor of shape (0,).
+_lib.define("shunted_attention" + _FORWARD.format(", str? backend"))
+_lib.define("shunted_attention_backward" + _BACKWARD.format(", str? backend"))
+_lib.define("shunted_attention_cpu" + _FORWARD.format(""))  # csrc/shunted_attention/cpu.cpp
+_lib.define("shunted_attention_backward_cpu" + _BACKWARD.format(""))
+
+shunted_attention = torch.ops.vsod_ops.shunted_attention.default
+_shunted_attention_backward = torch.ops.vsod_ops.shunted_attention_backward.default
+
+
+def _choose(backend, q):
+    return backends.choose("shunted_attention", SUPPORT, backend, q.device.type, q.dtype)
+
+
+def _forward(q, keys, values, scale, backend):
+    chosen = _choose(backend, q)
+    if q.numel() == 0:
+        return _fake_forward(q, keys, values, scale, backend)
+    if chosen == "cpu":
+        return torch.ops.vsod_ops.shunted_attention_cpu(q, keys, values, scale)
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.forward(q, keys, values, scale)
+    return reference.forward(q, keys, values, scale)
+
+
+def _backward(
+    grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend
+):
+    chosen = _choose(backend, q)
+    tensors = (grad_out, q, keys, values, out, lse, scale)
+    needs = (need_q, need_keys, need_values)
+    if q.numel() == 0:
+        dq, dkeys, dvalues = _fake_backward(*tensors, *needs, backend)
+        return dq.zero_(), [g.zero_() for g in dkeys], [g.zero_() for g in dvalues]
+    if chosen == "cpu":
+        return torch.ops.vsod_ops.shunted_attention_backward_cpu(*tensors, *needs)
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.backward(*tensors, *needs)
+    dq, dkeys, dvalues = reference.backward(*tensors)
+    return (
+        dq if need_q else q.new_empty(0),
+        [g if need else q.new_empty(0) for g, need in zip(dkeys, need_keys, strict=True)],
+        [g if need else q.new_empty(0) for g, need in zip(dvalues, need_values, strict=True)],
+    )
+
+
+def _fake_forward(q, keys, values, scale, backend):
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _fake_backward(
+    grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend
+):
+    def grad(x, need):
+        return torch.empty_like(x) if need else x.new_empty(0)
+
+    return (
+        grad(q, need_q),
+        [grad(k, need) for k, need in zip(keys, need_keys, strict=True)],
+        [grad(v, need) for v, need in zip(values, need_values, strict=True)],
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    q, keys, values, ctx.scale, ctx.backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.groups = len(keys)
+    ctx.save_for_backward(q, *keys, *values, out, lse)
+
+
+def _autograd(ctx, grad_out, _grad_lse):
+    q, *key_values, out, lse = ctx.saved_tensors
+    keys, values = key_values[: ctx.groups], key_values[ctx.groups :]
+    need_q, need_keys, need_values = ctx.needs_input_grad[:3]
+    dq, dkeys, dvalues = _shunted_attention_backward(
+        *(grad_out, q, keys, values, out, lse, ctx.scale),
+        *(need_q, list(need_keys), list(need_values), ctx.backend),
+    )
+
+    def wanted(grads, needs):
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+    return dq if need_q else None, wanted(dkeys, need_keys), wanted(dvalues, need_values), None, None
+
+
+def _double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "shunted_attention is differentiable once; there is no double backward"
+    )
+
+
+for _name, _kernel, _fake in (
+    ("shunted_attention", _forward, _fake_forward),
+    ("shunted_attention_backward", _backward, _fake_backward),
+):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"vsod_ops::{_name}", _fake, lib=_lib)
+torch.library.register_autograd(
+    "vsod_ops::shunted_attention", _autograd, setup_context=_setup_context, lib=_lib
+)
+torch.library.register_autograd(
+    "vsod_ops::shunted_attention_backward", _double_backward, lib=_lib
+)
