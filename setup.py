@@ -1,0 +1,265 @@
+"""Builds the compiled backends of vsod_ops with ninja: _cpu always, _cuda where nvcc is found.
+
+VSOD_OPS_BUILD = auto (default) | cpu | cuda | none
+    auto  the CPU module; the CUDA module too if nvcc is there and its compilation works
+    cpu   the CPU module alone
+    cuda  both, and an error that says what is missing where the CUDA module cannot be built
+    none  neither: the ops run through Triton and plain PyTorch
+TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX"
+MAX_JOBS              compilations at a time (default: as cores and memory allow)
+
+Modules use torch's stable ABI, so one that was built against torch 2.10 or newer runs with any
+torch from 2.10 on.  Why a module was not built is kept in vsod_ops/_build_report.json, where
+`python -m vsod_ops.doctor` finds it.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPU_OPS = ["shunted_attention"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
+CUDA_SOURCES: list[str] = []  # csrc/<op>/cuda.cu
+DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
+TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest that a build runs with
+
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
+X86_LEVELS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": _AVX512,
+    "avx512bf16": _AVX512 + " -mavx512bf16",
+}
+
+
+class BuildError(RuntimeError):
+    pass
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (nvcc := Path(home) / "bin" / "nvcc").exists():
+        return nvcc
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def toolkit_root(nvcc: Path) -> Path:
+    """The toolkit's folder as nvcc itself sees it: an nvcc on the PATH may be a wrapper."""
+    dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+    if match := re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.MULTILINE):
+        return Path(match[1].strip()).resolve()
+    return nvcc.resolve().parent.parent
+
+
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """nvcc's -gencode flags."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    names = asked or [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+    if not names:
+        raise BuildError(f"nvcc knows none of the architectures {DEFAULT_ARCHITECTURES}")
+    flags = []
+    for i, name in enumerate(names):
+        if not (match := re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", name)):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: {name!r} is no architecture; write for example 9.0 or 9.0+PTX"
+            )
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3] or (not asked and i == len(names) - 1):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def parallel_jobs(gigabytes_each: float) -> int:
+    if jobs := os.environ.get("MAX_JOBS"):
+        return max(1, int(jobs))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(os.cpu_count() or 1, int(memory / gigabytes_each)))
+
+
+def revision() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+class Ninja:
+    """A build.ninja file: rules, then one edge an object and one a module."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lines = [
+            "ninja_required_version = 1.5",
+            "rule compile",
+            "  command = $compiler -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $compiler -shared $in -o $out $flags",
+        ]
+
+    @staticmethod
+    def _path(path: Path | str) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def _edge(self, rule: str, out: Path, inputs: list[Path], compiler: str, flags: str) -> Path:
+        paths = " ".join(self._path(p) for p in inputs)
+        self.lines += [
+            f"build {self._path(out)}: {rule} {paths}",
+            f"  compiler = {compiler}",
+            f"  flags = {flags.replace('$', '$$')}",
+        ]
+        return out
+
+    def compile(self, source: Path, name: str, compiler: str, flags: str) -> Path:
+        return self._edge("compile", self.folder / f"{name}.o", [source], compiler, flags)
+
+    def link(self, objects: list[Path], out: Path, compiler: str, flags: str) -> None:
+        self._edge("link", out, objects, compiler, flags)
+
+    def run(self, jobs: int) -> None:
+        import ninja
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", self.folder, "-j", str(jobs)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout, flush=True)
+        if done.returncode:
+            errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+            raise BuildError("compilation failed: " + (errors or ["see the output above"])[0])
+
+
+class BuildExtensions(build_ext):
+    def run(self) -> None:
+        self.source_build = bool(self.inplace)
+        super().run()
+
+    def build_extensions(self) -> None:
+        mode = os.environ.get("VSOD_OPS_BUILD", "auto")
+        if mode not in ("auto", "cpu", "cuda", "none"):
+            sys.exit(f"VSOD_OPS_BUILD must be auto, cpu, cuda or none, got {mode!r}")
+        report = {}
+        if mode in ("none", "cpu"):
+            report["_cuda"] = f"left out by VSOD_OPS_BUILD={mode}"
+        if mode == "none":
+            report["_cpu"] = "left out by VSOD_OPS_BUILD=none"
+        else:
+            try:
+                self.build_cpu()
+            except BuildError as error:
+                sys.exit(f"vsod_ops._cpu: {error}")
+        if mode in ("auto", "cuda"):
+            try:
+                self.build_cuda()
+            except BuildError as error:
+                if mode == "cuda":
+                    sys.exit(f"vsod_ops._cuda: {error}")
+                report["_cuda"] = str(error)
+                print(f"vsod_ops._cuda is not built: {error}", flush=True)
+        self.extensions = [e for e in self.extensions if e.name.split(".")[1] not in report]
+        folders = [Path(self.get_ext_fullpath("vsod_ops._cpu")).parent]
+        if self.source_build:
+            folders.append(ROOT / "vsod_ops")
+            for name in report:  # a module left by an earlier build would still be found
+                Path(self.source_build_path(name)).unlink(missing_ok=True)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_build_report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    def source_build_path(self, name: str) -> str:
+        return str(ROOT / self.get_ext_filename(f"vsod_ops.{name}"))
+
+    def common_flags(self) -> tuple[str, Path]:
+        import pybind11
+        import torch
+
+        torch_root = Path(torch.__file__).parent
+        includes = [
+            pybind11.get_include(),
+            sysconfig.get_paths()["include"],
+            torch_root / "include",
+        ]
+        flags = " ".join(f'-I"{path}"' for path in includes)
+        flags += f" -std=c++17 -O3 -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+        flags += f' -DVSOD_REVISION=\\"{revision()}\\" -DVSOD_BUILD_TORCH=\\"{torch.__version__}\\"'
+        return flags, torch_root
+
+    def target(self, name: str) -> Path:
+        path = Path(self.get_ext_fullpath(f"vsod_ops.{name}")).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def build_cpu(self) -> None:
+        compiler = os.environ.get("CXX", "c++")
+        if not shutil.which(compiler.split()[0]):
+            raise BuildError(f"no C++ compiler: {compiler!r} is not on the PATH (set CXX)")
+        version = subprocess.run(
+            [*compiler.split(), "--version"], capture_output=True, text=True
+        ).stdout.splitlines()[0]
+        flags, torch_root = self.common_flags()
+        # gcc 12's own AVX-512 headers set off -Wmaybe-uninitialized.
+        flags += " -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized"
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        levels = X86_LEVELS if x86 else {"portable": ""}
+        if x86:
+            flags += " -DVSOD_X86_LEVELS"
+        kernel_flags = flags + " -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+
+        folder = Path(self.build_temp).resolve() / "cpu"
+        ninja = Ninja(folder)
+        csrc = (ROOT / "csrc").resolve()
+        objects = [
+            ninja.compile(
+                csrc / "common/cpu_module.cpp",
+                "cpu_module",
+                compiler,
+                flags + f' -DVSOD_COMPILER="\\"{version}\\""',
+            )
+        ]
+        kernels = {"peak": csrc / "common/peak.cpp"}
+        for op in CPU_OPS:
+            objects.append(ninja.compile(csrc / op / "cpu.cpp", op, compiler, flags))
+            kernels[op] = csrc / op / "cpu_kernel.cpp"
+        for name, source in kernels.items():
+            for level, level_flags in levels.items():
+                objects.append(
+                    ninja.compile(
+                        source,
+                        f"{name}_{level}",
+                        compiler,
+                        f"{kernel_flags} {level_flags} -DVSOD_LEVEL={level}",
+                    )
+                )
+        link = f'-L"{torch_root / "lib"}" -ltorch_cpu -lc10'
+        if sys.platform == "darwin":
+            link += " -undefined dynamic_lookup"
+        ninja.link(objects, self.target("_cpu"), compiler, link)
+        ninja.run(parallel_jobs(gigabytes_each=1))
+
+    def build_cuda(self) -> None:
+        if not CUDA_SOURCES:
+            raise BuildError("no op has CUDA C++ sources yet")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise BuildError("nvcc is not on the PATH and CUDA_HOME is not set")
+
+
+setup(
+    ext_modules=[Extension("vsod_ops._cpu", []), Extension("vsod_ops._cuda", [])],
+    cmdclass={"build_ext": BuildExtensions},
+)
