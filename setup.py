@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPU_OPS = ["shunted_attention"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
-CUDA_SOURCES: list[str] = []  # csrc/<op>/cuda.cu
+CUDA_OPS: list[str] = []  # csrc/<op>/cuda.cu
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest that a build runs with
 
@@ -53,17 +53,22 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
+def run_text(command: list[str | Path]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout
+
+
 def toolkit_root(nvcc: Path) -> Path:
     """The toolkit's folder as nvcc itself sees it: an nvcc on the PATH may be a wrapper."""
-    dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
-    if match := re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.MULTILINE):
+    dry_run = run_text([nvcc, "--dryrun", "x.cu"])
+    if match := re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE):
         return Path(match[1].strip()).resolve()
     return nvcc.resolve().parent.parent
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
     """nvcc's -gencode flags."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = run_text([nvcc, "--list-gpu-arch"]).split()
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     names = asked or [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
     if not names:
@@ -196,8 +201,15 @@ class BuildExtensions(build_ext):
         ]
         flags = " ".join(f'-I"{path}"' for path in includes)
         flags += f" -std=c++17 -O3 -DTORCH_TARGET_VERSION={TORCH_TARGET}"
-        flags += f' -DVSOD_REVISION=\\"{revision()}\\" -DVSOD_BUILD_TORCH=\\"{torch.__version__}\\"'
         return flags, torch_root
+
+    @staticmethod
+    def face_flags(**defines: str) -> str:
+        """What the Python face tells about the build; only its object is made again for each."""
+        import torch
+
+        defines |= {"VSOD_REVISION": revision(), "VSOD_BUILD_TORCH": torch.__version__}
+        return "".join(f' -D{name}="\\"{value}\\""' for name, value in defines.items())
 
     def target(self, name: str) -> Path:
         path = Path(self.get_ext_fullpath(f"vsod_ops.{name}")).resolve()
@@ -208,9 +220,7 @@ class BuildExtensions(build_ext):
         compiler = os.environ.get("CXX", "c++")
         if not shutil.which(compiler.split()[0]):
             raise BuildError(f"no C++ compiler: {compiler!r} is not on the PATH (set CXX)")
-        version = subprocess.run(
-            [*compiler.split(), "--version"], capture_output=True, text=True
-        ).stdout.splitlines()[0]
+        version = run_text([*compiler.split(), "--version"]).splitlines()[0]
         flags, torch_root = self.common_flags()
         # gcc 12's own AVX-512 headers set off -Wmaybe-uninitialized.
         flags += " -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized"
@@ -228,7 +238,7 @@ class BuildExtensions(build_ext):
                 csrc / "common/cpu_module.cpp",
                 "cpu_module",
                 compiler,
-                flags + f' -DVSOD_COMPILER="\\"{version}\\""',
+                flags + self.face_flags(VSOD_COMPILER=version),
             )
         ]
         kernels = {"peak": csrc / "common/peak.cpp"}
@@ -252,11 +262,42 @@ class BuildExtensions(build_ext):
         ninja.run(parallel_jobs(gigabytes_each=1))
 
     def build_cuda(self) -> None:
-        if not CUDA_SOURCES:
-            raise BuildError("no op has CUDA C++ sources yet")
         nvcc = find_nvcc()
         if nvcc is None:
             raise BuildError("nvcc is not on the PATH and CUDA_HOME is not set")
+        import torch
+
+        if torch.version.cuda is None:
+            raise BuildError(f"torch {torch.__version__} has no CUDA support")
+        version = re.search(r"release ([\d.]+)", run_text([nvcc, "--version"]))
+        if version is None:
+            raise BuildError(f"{nvcc} --version prints no release")
+        root = toolkit_root(nvcc)
+        libraries = [d for d in ("lib64", "targets/x86_64-linux/lib", "lib") if (root / d).is_dir()]
+        if not (root / "include" / "cuda_runtime.h").exists() or not libraries:
+            raise BuildError(f"nvcc belongs to {root}, which has no CUDA headers and libraries")
+
+        flags, torch_root = self.common_flags()
+        flags += f' -I"{root / "include"}" -DUSE_CUDA'
+        architectures = cuda_architectures(nvcc)
+        names = ", ".join(sorted({f.rsplit("=", 1)[1] for f in architectures}))
+        nvcc_flags = f"{flags} {' '.join(architectures)} -Xcompiler -fPIC"
+        folder = Path(self.build_temp).resolve() / "cuda"
+        ninja = Ninja(folder)
+        csrc = (ROOT / "csrc").resolve()
+        compiler = os.environ.get("CXX", "c++")
+        face_flags = f"{flags} -fPIC -fvisibility=hidden" + self.face_flags(
+            VSOD_COMPILER=f"nvcc {version[1]}", VSOD_ARCHITECTURES=names
+        )
+        objects = [
+            ninja.compile(csrc / "common/cuda_module.cpp", "cuda_module", compiler, face_flags),
+            ninja.compile(csrc / "common/probe.cu", "probe", str(nvcc), nvcc_flags),
+        ]
+        for op in CUDA_OPS:
+            objects.append(ninja.compile(csrc / op / "cuda.cu", op, str(nvcc), nvcc_flags))
+        link = f'-L"{torch_root / "lib"}" -ltorch_cpu -lc10 -L"{root / libraries[0]}" -lcudart'
+        ninja.link(objects, self.target("_cuda"), compiler, link)
+        ninja.run(parallel_jobs(gigabytes_each=3))
 
 
 setup(

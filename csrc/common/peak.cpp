@@ -8,7 +8,9 @@ namespace VSOD_LEVEL {
 
 double multiply_add_loop(int64_t steps) {
   constexpr int kChains = 12;
-  Vec<float> sum[kChains] = {};
+  Vec<float> sum[kChains];
+#pragma GCC unroll 12
+  for (int c = 0; c < kChains; ++c) sum[c] = broadcast(float(c));  // different, so none is merged
 #if defined(__AVX512BF16__)
   const __m512bh x = __m512bh(_mm512_set1_epi32(0x3f003f00));
   constexpr double kFlops = 4;
@@ -25,9 +27,9 @@ double multiply_add_loop(int64_t steps) {
       sum[c] = sum[c] * x + y;
 #endif
     }
-    asm volatile("" : : : "memory");
   }
   float total = 0;
+#pragma GCC unroll 12
   for (int c = 0; c < kChains; ++c) total += sum[c][0];
   volatile float sink = total;  // keeps the loop
   (void)sink;

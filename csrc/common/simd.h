@@ -41,6 +41,17 @@ using Vec = typename VectorOf<T>::type;
 template <class T>
 constexpr int kLanes = VectorOf<T>::kLanes;
 
+template <int... kIndex>
+struct Indices {};
+template <int kCount, int... kIndex>
+struct MakeIndices : MakeIndices<kCount - 1, kCount - 1, kIndex...> {};
+template <int... kIndex>
+struct MakeIndices<0, kIndex...> {
+  using type = Indices<kIndex...>;
+};
+template <int kCount>
+using AllLanes = typename MakeIndices<kCount>::type;
+
 template <class T>
 VSOD_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T>::loadable*>(p);
@@ -72,15 +83,45 @@ VSOD_INLINE Vec<double> keep_first(Vec<double> v, int count, double fill) {
 
 template <class T>
 VSOD_INLINE T horizontal_sum(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(__m512(v));
+#endif
   T sum = 0;
   for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
   return sum;
 }
 template <class T>
 VSOD_INLINE T horizontal_max(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps(__m512(v));
+#endif
   T best = v[0];
   for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+// Lanes of a where (lane & kStep) == 0, else those of b, kStep lanes lower; and its mirror image.
+template <class T, int kStep, int... kLane>
+VSOD_INLINE void exchange(Vec<T>& a, Vec<T>& b, Indices<kLane...>) {
+  constexpr int kN = sizeof...(kLane);
+  const Vec<T> low =
+      __builtin_shufflevector(a, b, (kLane & kStep ? kN + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kN + kLane : kLane + kStep)...);
+  a = low;
+}
+template <class T, int kStep>
+VSOD_INLINE void transpose_step(Vec<T>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (!(i & kStep)) exchange<T, kStep>(rows[i], rows[i + kStep], AllLanes<kLanes<T>>());
+}
+// Transposes a square of kLanes x kLanes in registers.
+template <class T>
+VSOD_INLINE void transpose_square(Vec<T>* rows) {
+  transpose_step<T, 1>(rows);
+  if constexpr (kLanes<T> > 2) transpose_step<T, 2>(rows);
+  if constexpr (kLanes<T> > 4) transpose_step<T, 4>(rows);
+  if constexpr (kLanes<T> > 8) transpose_step<T, 8>(rows);
 }
 
 // 2^x for x <= 0, NaN kept, 0 below -126.  2^x = 2^floor(x) * p(x - floor(x)), p a minimax

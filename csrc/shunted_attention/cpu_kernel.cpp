@@ -190,11 +190,27 @@ VSOD_INLINE void read_rows(Rows<Storage> src, int64_t rows, int64_t padded_rows,
   for (int64_t r = rows; r < padded_rows; ++r) memset(dst + r * stride, 0, stride * sizeof(*dst));
 }
 
-// dst[k][j] = src[j][k]: kWidth rows become one panel of `depth` steps.
+// dst[k][j] = src[j][k]: kWidth rows become one panel of `depth` steps.  Rows lie `stride` apart,
+// which is room for whole vectors; dst has room for one vector past its end.
 template <int kWidth, class Element>
 VSOD_INLINE void transpose_panel(const Element* src, int64_t stride, int64_t depth, Element* dst) {
-  for (int64_t k = 0; k < depth; ++k)
-    for (int j = 0; j < kWidth; ++j) dst[k * kWidth + j] = src[j * stride + k];
+  constexpr int kN = kLanes<Element>;
+  for (int j = (kWidth - 1) / kN * kN; j >= 0; j -= kN)
+    for (int64_t k = 0; k < depth; k += kN) {
+      Vec<Element> square[kN] = {};
+#pragma GCC unroll 16
+      for (int r = 0; r < kN; ++r)
+        if (j + r < kWidth) square[r] = load(src + (j + r) * stride + k);
+      transpose_square<Element>(square);
+      // The last vector of a step may run into the first of the next, which is written after it.
+      const int steps = int(smaller(kN, depth - k));
+      if (steps == kN) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kN; ++r) store(dst + (k + r) * kWidth + j, square[r]);
+      } else {
+        for (int r = 0; r < steps; ++r) store(dst + (k + r) * kWidth + j, square[r]);
+      }
+    }
 }
 
 // Rows made for use as the depth: [ceil(rows / kDepthStep)][padded_dim].  In: rows of elements
@@ -401,9 +417,9 @@ struct Forward {
 
     char* base = thread_scratch(
         kForwardQueries * (layout.depth + stride) * sizeof(Element) +
-        kForwardQueries * (kScoreStride + kProbStride + stride + kN + 3) * sizeof(Number) + 1024);
+        kForwardQueries * (kScoreStride + kProbStride + stride + kN + 3) * sizeof(Number) + 4096);
     Scratch scratch(base);
-    Element* q_panels = scratch.piece<Element>(kForwardQueries * layout.depth);
+    Element* q_panels = scratch.piece<Element>(kForwardQueries * layout.depth + kN);
     Element* staged = scratch.piece<Element>(kForwardQueries * stride);
     Number* scores = scratch.piece<Number>(kForwardQueries * kScoreStride);
     Element* probs = Op::kDepthStep == 1 ? reinterpret_cast<Element*>(scores)
@@ -454,8 +470,9 @@ struct Forward {
         const Number max = best > row_max[i] ? best : row_max[i];
         // A row that has seen only -inf so far: 0 in its place gives P = 0, not NaN.
         const Number finite = max == lowest ? 0 : max;
-        correction[i] = exp2((row_max[i] - finite) * factor);
-        if (row_max[i] == lowest) correction[i] = 0;
+        correction[i] = row_max[i] == lowest ? 0
+                        : row_max[i] == max  ? 1
+                                             : exp2((row_max[i] - max) * factor);
         row_max[i] = max;
         const Number sum = row_softmax(scores + i * kScoreStride, keys, finite,
                                        probs + i * kProbRow);
@@ -609,14 +626,14 @@ struct Backward {
         (staged_rows * stride + 2 * kKeys * depth + kKeys * stride + 2 * kQueries * depth +
          2 * kQueries * stride + (kPairs ? 2 * kQueries * kStride : 0)) *
             sizeof(Element) +
-        (2 * kKeys * stride + 2 * kQueries * kStride + 2 * kQueries) * sizeof(Number) + 2048);
+        (2 * kKeys * stride + 2 * kQueries * kStride + 2 * kQueries) * sizeof(Number) + 4096);
     Scratch scratch(base);
     Element* staged = scratch.piece<Element>(staged_rows * stride);
     Element* k_panels = scratch.piece<Element>(kKeys * depth);
     Element* v_panels = scratch.piece<Element>(kKeys * depth);
     Element* k_rows = scratch.piece<Element>(kKeys / Op::kDepthStep * stride);
-    Element* q_panels = scratch.piece<Element>(kQueries * depth);
-    Element* do_panels = scratch.piece<Element>(kQueries * depth);
+    Element* q_panels = scratch.piece<Element>(kQueries * depth + kN);
+    Element* do_panels = scratch.piece<Element>(kQueries * depth + kN);
     Element* q_rows = scratch.piece<Element>(kQueries / Op::kDepthStep * stride);
     Element* do_rows = scratch.piece<Element>(kQueries / Op::kDepthStep * stride);
     Number* dk_sum = scratch.piece<Number>(kKeys * stride);
@@ -683,7 +700,8 @@ struct Backward {
               });
       if (need_ds)
         for (int64_t j = 0; j < keys; j += kColumns) {
-          const int valid = int(smaller(kColumns, keys - j));
+          // The softmax of a single key is constant: its dS is zero, not the noise of dP - delta.
+          const int valid = group.length == 1 ? 0 : int(smaller(kColumns, keys - j));
           for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
             tile_product<Op, 1, kTileRows>(
                 do_panels + i0 * depth, v_panels + j * depth, kColumns, depth,

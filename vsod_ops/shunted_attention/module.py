@@ -1,1 +1,131 @@
-class ShuntedAttention: ...
+"""ShuntedAttention: multi-scale self-attention over video tokens, as a layer."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .function import MAX_HEAD_DIM, shunted_attention
+
+Reduction = int | tuple[int, int, int]
+
+
+class SpatialReduction(nn.Conv3d):
+    """3-D convolution over (T, H, W) with kernel = stride = r: one key for each r_t x r_h x r_w.
+
+    Input (B, T, H, W, C), output (B, ceil(T / r_t), ceil(H / r_h), ceil(W / r_w), C), with floor
+    for ``padding="floor"``.
+    """
+
+    def __init__(self, dim: int, reduction: tuple[int, int, int], padding: str):
+        super().__init__(dim, dim, kernel_size=reduction, stride=reduction)
+        self.pad_to_ceil = padding == "ceil"
+
+    def forward(self, x: Tensor) -> Tensor:
+        rt, rh, rw = self.stride
+        if self.pad_to_ceil:
+            for axis, r in zip((1, 2, 3), self.stride, strict=True):
+                if missing := -x.shape[axis] % r:
+                    last = x.narrow(axis, x.shape[axis] - 1, 1)
+                    x = torch.cat([x] + [last] * missing, axis)
+        else:
+            x = x[:, : x.shape[1] // rt * rt, : x.shape[2] // rh * rh, : x.shape[3] // rw * rw]
+            if x.numel() == 0:
+                raise ValueError(
+                    f'padding="floor" leaves no keys: reduction {(rt, rh, rw)} is larger than the '
+                    'tokens; use padding="ceil"'
+                )
+        if x.is_cuda:
+            # No overlap, so the convolution is one matrix product, which is faster on a GPU.
+            x = rearrange(
+                x, "b (t rt) (h rh) (w rw) c -> b t h w (rt rh rw c)", rt=rt, rh=rh, rw=rw
+            )
+            return F.linear(x, rearrange(self.weight, "o c t h w -> o (t h w c)"), self.bias)
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class ShuntedAttention(nn.Module):
+    """Multi-head self-attention over video tokens, each share of the heads at its own key rate.
+
+    q comes from every token; for each reduction r an equal share of the heads takes its keys and
+    values from tokens reduced by r (a 3-D convolution, kernel = stride = r; nothing for r = 1).
+    With ``reductions=(1,)`` this is ordinary multi-head attention.  Source: shunted
+    self-attention (Ren et al. 2022), over space and time as in MSSA (2023).
+
+    Args:
+        dim: channels C of the tokens.
+        num_heads: heads in all; a multiple of ``len(reductions)`` that divides dim.
+        reductions: for each head group an int, or a triple (time, height, width).
+        padding: for sizes that r does not divide: "ceil" repeats the last frame, row or column,
+            "floor" drops the rest, as a plain strided convolution does.
+        bias: biases in the projections.
+        backend: as in :func:`vsod_ops.shunted_attention`.
+
+    Shape:
+        x (B, T, H, W, C) -> (B, T, H, W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        reductions: Sequence[Reduction] = (1, 2),
+        *,
+        padding: str = "ceil",
+        bias: bool = True,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        rates = [_triple(r) for r in reductions]
+        if not rates:
+            raise ValueError("reductions is empty: at least one is needed")
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        if num_heads % len(rates):
+            raise ValueError(
+                f"num_heads {num_heads} is not a multiple of the {len(rates)} reductions"
+            )
+        if dim // num_heads > MAX_HEAD_DIM:
+            raise ValueError(f"dim / num_heads is {dim // num_heads}, above {MAX_HEAD_DIM}")
+        if padding not in ("ceil", "floor"):
+            raise ValueError(f'padding must be "ceil" or "floor", got {padding!r}')
+        self.dim, self.num_heads, self.backend = dim, num_heads, backend
+        group_dim = dim // len(rates)
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.reduce = nn.ModuleList(
+            nn.Identity() if r == (1, 1, 1) else SpatialReduction(dim, r, padding) for r in rates
+        )
+        self.key_value = nn.ModuleList(nn.Linear(dim, 2 * group_dim, bias=bias) for _ in rates)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """What goes into the op: q (B, H, T*H*W, D), and keys and values of each head group."""
+        if x.dim() != 5 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (B, T, H, W, {self.dim}), got shape {tuple(x.shape)}")
+        head_dim = self.dim // self.num_heads
+        q = rearrange(self.query(x), "b t h w (n d) -> b n (t h w) d", d=head_dim)
+        keys, values = [], []
+        for reduce, key_value in zip(self.reduce, self.key_value, strict=True):
+            k, v = rearrange(
+                key_value(reduce(x)), "b t h w (two n d) -> two b n (t h w) d", two=2, d=head_dim
+            )
+            keys.append(k)
+            values.append(v)
+        return q, keys, values
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, keys, values = self.project(x)
+        out = shunted_attention(q, keys, values, backend=self.backend)
+        _, t, h, w, _ = x.shape
+        return self.out(rearrange(out, "b n (t h w) d -> b t h w (n d)", t=t, h=h, w=w))
+
+
+def _triple(reduction: Reduction) -> tuple[int, int, int]:
+    triple = (reduction,) * 3 if isinstance(reduction, int) else tuple(reduction)
+    if len(triple) != 3 or not all(isinstance(r, int) and r >= 1 for r in triple):
+        raise ValueError(
+            f"a reduction is a positive int or a triple (time, height, width), got {reduction!r}"
+        )
+    return triple

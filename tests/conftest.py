@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sweep", type=int, default=12, help="random cases an op and backend (thousands for a soak)"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "sweep_index" in metafunc.fixturenames:
+        metafunc.parametrize("sweep_index", range(metafunc.config.getoption("--sweep")))
+
+
+@pytest.fixture(autouse=True)
+def _torch_state():
+    """Each test starts from the same seed and leaves torch's global switches as they were."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,111 @@
+"""The CPU kernel of shunted_attention: error rule, odd shapes, every SIMD level, same bits."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from checks import attention_inputs, attention_sweep_case, check_attention, nan_filled_memory
+
+from vsod_ops import shunted_attention
+from vsod_ops.backends import compiled_module
+
+MODULE = compiled_module("_cpu")
+pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CPU module: {MODULE}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Around the tile sizes of every level: 14 or 6 rows, 16, 32 columns, 224 and 256 keys.
+SHAPES = [
+    dict(batch=1, group_heads=(2, 2), queries=980, lengths=(980, 147), head_dim=64),
+    dict(batch=2, group_heads=(1, 2), queries=113, lengths=(300, 57), head_dim=40),
+    dict(batch=1, group_heads=(1, 1, 1), queries=1, lengths=(1, 2, 33), head_dim=1),
+    dict(batch=1, group_heads=(1, 3), queries=17, lengths=(513, 1), head_dim=8),
+    dict(batch=1, group_heads=(2,), queries=239, lengths=(225,), head_dim=256),
+    dict(batch=3, group_heads=(1,), queries=63, lengths=(257,), head_dim=113),
+    dict(batch=1, group_heads=(2, 1), queries=14, lengths=(31, 448), head_dim=160),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s['queries']}x{s['lengths']}x{s['head_dim']}")
+def test_error_rule(shape, dtype):
+    check_attention("cpu", *attention_inputs(**shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ("permuted", "sliced"))
+def test_strides_in_nan_filled_memory(layout, dtype):
+    with nan_filled_memory():
+        inputs = attention_inputs(2, (1, 2), 45, (45, 23), 24, dtype, layout=layout)
+        check_attention("cpu", *inputs, grad_layout="permuted")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_over_from_a_call_full_of_nan(dtype):
+    poison = attention_inputs(1, (1, 1), 300, (300, 300), 64, dtype, requires_grad=True)
+    with torch.no_grad():
+        for x in (poison[0], *poison[1], *poison[2]):
+            x.fill_(torch.nan)
+    shunted_attention(*poison, backend="cpu").sum().backward()
+    check_attention("cpu", *attention_inputs(1, (1, 1), 31, (45, 3), 20, dtype))
+
+
+def test_sweep(sweep_index):
+    case = attention_sweep_case(sweep_index, DTYPES)
+    check_attention("cpu", *attention_inputs(**case))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_same_bits_on_every_run_and_thread_count(dtype):
+    q, keys, values = attention_inputs(2, (2, 2), 500, (500, 75), 32, dtype, requires_grad=True)
+    results = []
+    for threads in (1, 2, 2, 3, 7):
+        torch.set_num_threads(threads)
+        out, lse = shunted_attention(q, keys, values, return_lse=True, backend="cpu")
+        grads = torch.autograd.grad(out, [q, *keys, *values], torch.ones_like(out))
+        results.append([out, lse, *grads])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_memory_beyond_the_outputs_does_not_grow_with_the_scores():
+    # At N = 4000 the scores of one head would be 64 MB; packed keys and values are 2 MB.
+    q, keys, values = attention_inputs(1, (1, 1), 4000, (4000, 500), 64, torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        shunted_attention(q, keys, values, backend="cpu")
+    allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages())
+    kept = sum(x.numel() * 4 for x in (q,)) + 2 * 4000 * 4
+    assert allocated >= 0
+    peak = sum(max(0, e.cpu_memory_usage) for e in profile.events() if e.name == "[memory]")
+    packed = sum(x.numel() * 4 for x in (*keys, *values))
+    assert peak <= 1.2 * (kept + packed)
+
+
+@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
+def test_other_levels(level):
+    """The same tests with a lower SIMD level, which is chosen once a process."""
+    if os.environ.get("VSOD_OPS_SIMD"):
+        pytest.skip("a level is forced already")
+    levels = ["portable", "avx2", "avx512", "avx512bf16"]
+    if levels.index(level) >= levels.index(MODULE.build_info()["level"]):
+        pytest.skip(f"this CPU's level is {MODULE.build_info()['level']}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--sweep=6", __file__],
+        env=os.environ | {"VSOD_OPS_SIMD": level},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+
+
+def test_unknown_level_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", "from vsod_ops import backends; print(backends.compiled_module('_cpu'))"],
+        env=os.environ | {"VSOD_OPS_SIMD": "mmx"},
+        capture_output=True,
+        text=True,
+    )
+    assert "VSOD_OPS_SIMD must be" in done.stdout
