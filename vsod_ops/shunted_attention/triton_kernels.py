@@ -876,7 +876,7 @@ _CONFIGS: dict[tuple[str, str, str, int], list[tuple[int, int, int, int]]] = {
     ("backward", "hopper", "half", 64): [(128, 64, 8, 2), (64, 64, 4, 2)],
     ("backward", "hopper", "half", 128): [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
     ("backward", "hopper", "half", 256): [(32, 64, 8, 2), (32, 32, 8, 2)],
-    ("backward", "blackwell", "half", 64): [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)],
+    ("backward", "blackwell", "half", 64): [(128, 64, 8, 2), (64, 64, 4, 2)],
     ("backward", "blackwell", "half", 128): [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
     ("backward", "blackwell", "half", 256): [(64, 32, 8, 2), (32, 32, 8, 2)],
     ("forward", "any", "tf32", 64): [(64, 64, 4, 2), (64, 32, 4, 2)],
