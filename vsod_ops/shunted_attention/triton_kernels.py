@@ -509,6 +509,8 @@ def shunted_attention_bwd_kernel(
     length = _pick(lengths, g, G)
     n_group = _pick(group_heads, g, G)
     scale2 = scale * _LOG2E
+    # The softmax of a single key is constant: dQ and dK are zero, not the noise of dP - delta.
+    scale_or_0 = tl.where(length == 1, 0.0, scale)
     if _pick(segment_kinds, s, S) == 1:
         if NEED_K or NEED_V:
             parts = _pick(n_splits, g, G)
@@ -548,7 +550,7 @@ def shunted_attention_bwd_kernel(
                     p_delta, scale2, NEED_K, NEED_V, D, BD, BO, BI, VEC, GRAD_VEC, PRECISION,
                     SLICE, INTERPRET, True,
                 )  # fmt: skip
-            b_dk *= scale
+            b_dk *= scale_or_0
             if parts == 1:
                 if NEED_K:  # noqa: SIM102
                     if _pick(need_keys, g, G) == 1:
@@ -604,7 +606,7 @@ def shunted_attention_bwd_kernel(
                     True,
                 )  # fmt: skip
             p_dq_head, s_row, s_col = _head((p_dq,), dq_strides, 0, b, h, 1)
-            _store(p_dq_head, s_row, s_col, o_tile, b_dq * scale, n_left, BO, D, BD, VEC)
+            _store(p_dq_head, s_row, s_col, o_tile, b_dq * scale_or_0, n_left, BO, D, BD, VEC)
 
 
 @_jit
