@@ -95,6 +95,11 @@ def run_build(tmp_path, mode, path=None):
 
 
 def in_source(source, code):
+    # An editable installation would find what the copy lacks, for example its compiled modules.
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+    ) + code
     env = os.environ | {"PYTHONPATH": str(source)}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True
@@ -121,8 +126,6 @@ def test_without_any_compiled_module_the_ops_work(tmp_path):
 
 
 def test_cuda_without_nvcc_is_an_error_that_says_so(tmp_path):
-    pytest.importorskip("setuptools")
-    pytest.importorskip("pybind11")
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     # A "compiler" that only touches its output: what is tested is what comes after it.
