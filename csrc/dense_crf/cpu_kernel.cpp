@@ -26,6 +26,8 @@
 // the problem alone), each into vertices of its own, added up in order; everything else is one
 // value from fixed inputs.  So threads may take tasks in any order.
 
+#if !defined(__AVX512BF16__)  // no bfloat16 arithmetic here: that level takes avx512's kernel
+
 #include "cpu.h"
 
 #include <sched.h>
@@ -494,8 +496,6 @@ struct Lattice {
   void insert(int64_t task, int32_t* full, Features features) {
     const Range r = part(blocks, task, kTasks);
     const int64_t limit = table.capacity / 8 * 5;
-    uint64_t previous[D + 1] = {};  // neighbours in a row often share vertices
-    int64_t previous_slot[D + 1] = {};
     for (int64_t block = r.begin; block < r.end; ++block) {
       if (__atomic_load_n(full, __ATOMIC_RELAXED)) return;
       Vec<float> f[D];
@@ -504,28 +504,23 @@ struct Lattice {
       int64_t home[kBlock];
       float* w = weights.data + block * kBlock;
       find_simplex<D>(*geometry, f, w, keys);
-      const int lanes = int(smaller(points - block * kLanes<float>, kLanes<float>));
-      for (int i = 0; i < kBlock; ++i) {
-        home[i] = table.home(++keys[i]);
-        __builtin_prefetch(table.keys.data + home[i]);
-      }
+      for (int64_t n = points - block * kLanes<float>; n < kLanes<float>; ++n)
+        for (int k = 0; k <= D; ++k) {  // points that are not there
+          keys[k * kLanes<float> + n] = keys[k * kLanes<float>];
+          w[k * kLanes<float> + n] = 0;
+        }
+      for (int i = 0; i < kBlock; ++i) home[i] = table.home(++keys[i]);
       int32_t* to = ids.data + block * kBlock;
       int64_t added = 0;
-      for (int k = 0; k <= D; ++k)
-        for (int lane = 0; lane < lanes; ++lane) {
-          const int i = k * kLanes<float> + lane;
-          if (keys[i] != previous[k]) {
-            previous[k] = keys[i];
-            previous_slot[k] = table.put(keys[i], home[i], &added);
-            if (previous_slot[k] < 0) return raise_flag(full);
-          }
-          to[i] = int32_t(previous_slot[k]);
+      for (int i = 0; i < kBlock; ++i) {
+        int64_t slot = home[i];
+        const uint64_t found = __atomic_load_n(table.keys.data + slot, __ATOMIC_RELAXED);
+        if (__builtin_expect(found != keys[i], 0)) {
+          slot = table.put(keys[i], slot, &added);
+          if (slot < 0) return raise_flag(full);
         }
-      for (int k = 0; k <= D; ++k)  // points that are not there
-        for (int lane = lanes; lane < kLanes<float>; ++lane) {
-          to[k * kLanes<float> + lane] = to[k * kLanes<float>];
-          w[k * kLanes<float> + lane] = 0;
-        }
+        to[i] = int32_t(slot);
+      }
       if (added &&
           __atomic_fetch_add(&table.used, added, __ATOMIC_RELAXED) + added > limit)
         return raise_flag(full);
@@ -1035,10 +1030,10 @@ Status run(const Problem& p, Parallel parallel) {
 
 }  // namespace
 
-#if !defined(__AVX512BF16__)  // no bfloat16 arithmetic here: that level takes avx512's
 extern const Kernel dense_crf_kernel;
 constexpr Kernel dense_crf_kernel = {run};
-#endif
 
 }  // namespace VSOD_LEVEL
 }  // namespace vsod
+
+#endif

@@ -35,6 +35,7 @@ PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     }
 )
 
+MAX_ITERATIONS = 1000
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _IMAGE_DTYPES = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -108,8 +109,8 @@ def _check_numbers(numbers: Mapping[str, float]) -> None:
         if name == "iterations":
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"iterations must be an int, got {type(value).__name__}")
-            if value < 0:
-                raise ValueError(f"iterations must not be negative, got {value}")
+            if not 0 <= value <= MAX_ITERATIONS:
+                raise ValueError(f"iterations must be from 0 to {MAX_ITERATIONS}, got {value}")
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")

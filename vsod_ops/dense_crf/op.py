@@ -49,7 +49,13 @@ def _forward(prob: Tensor, image: Tensor, iterations: int, *arguments) -> Tensor
         return reference.forward(prob, image, iterations, *numbers).float()
     prob = prob.to(torch.float32).contiguous()
     image = (image if image.dtype == torch.uint8 else image.to(torch.float32)).contiguous()
-    return torch.ops.vsod_ops.dense_crf_cpu(prob, image, iterations, *numbers, 0)
+    try:
+        return torch.ops.vsod_ops.dense_crf_cpu(prob, image, iterations, *numbers, 0)
+    except RuntimeError as error:
+        # Vertices of the lattice are 64-bit keys: widths far below a pixel need more.
+        if "too small for an image" in str(error):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise
 
 
 def _check_values(prob: Tensor, image: Tensor) -> None:
