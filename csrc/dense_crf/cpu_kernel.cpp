@@ -107,38 +107,69 @@ VSOD_INLINE void raise_flag(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_
 
 // ------------------------------------------------------------------ memory
 
-// Memory that only grows.  Large pages where there are any: fewer faults at the first touch, and
-// the random reads of a filter do not run out of address translations.
+// An array.  Large ones are mappings of their own, so that release() gives them back at once, in
+// large pages where there are any: fewer faults at the first touch, and the random reads of a
+// filter do not run out of address translations.
 template <class T>
 struct Buffer {
   T* data = nullptr;
-  int64_t bytes = 0;
 
   Buffer() = default;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { free(data); }
+  ~Buffer() { release(); }
 
-  // Room for `count` elements, what was there before is lost.  False: no memory.
-  bool reserve(int64_t count) {
-    const int64_t wanted = count * int64_t(sizeof(T));
-    if (wanted <= bytes) return true;
-    free(data);
-    constexpr int64_t kLarge = int64_t(1) << 21;
-    const int64_t alignment = wanted >= kLarge ? kLarge : 64;
-    bytes = round_up(wanted, wanted >= kLarge ? 4096 : 64);
-    data = nullptr;
+  // Room for `count` elements; what was there before is lost.  False: no memory.
+  bool reserve(int64_t count) { return count <= count_ || fresh(count); }
+
+  // The same, and all zeros.
+  bool zeros(int64_t count) {
+    if (!fresh(count)) return false;
+    if (!mapped()) memset(static_cast<void*>(data), 0, size_t(count) * sizeof(T));
+    return true;  // a new mapping is zeros
+  }
+
+  void release() {
+    if (mapped()) munmap(static_cast<void*>(data), bytes());
+    else free(static_cast<void*>(data));
+    data = nullptr, count_ = 0;
+  }
+
+ private:
+  static constexpr size_t kLarge = size_t(1) << 20, kPage = size_t(1) << 21;
+
+  bool fresh(int64_t count) {
+    release();
+    count_ = count;
     void* p = nullptr;
-    if (posix_memalign(&p, size_t(alignment), size_t(bytes)) != 0) {
-      bytes = 0;
-      return false;
+    if (!mapped()) {
+      if (posix_memalign(&p, 64, bytes()) != 0) p = nullptr;
+    } else {
+      // A large page more, to cut a start out that is on the boundary of one.
+      const size_t size = bytes();
+      p = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (p == MAP_FAILED) {
+        p = nullptr;
+      } else {
+        char* start = static_cast<char*>(p);
+        const size_t before = size_t(-reinterpret_cast<uintptr_t>(start)) & (kPage - 1);
+        if (before) munmap(start, before);
+        if (kPage > before) munmap(start + before + size, kPage - before);
+        p = start + before;
+#if defined(MADV_HUGEPAGE)
+        madvise(p, size, MADV_HUGEPAGE);
+#endif
+      }
     }
     data = static_cast<T*>(p);
-#if defined(MADV_HUGEPAGE)
-    if (wanted >= kLarge) madvise(data, size_t(bytes), MADV_HUGEPAGE);
-#endif
-    return true;
+    if (!data) count_ = 0;
+    return data != nullptr;
   }
+
+  bool mapped() const { return bytes() >= kLarge; }
+  size_t bytes() const { return (size_t(count_) * sizeof(T) + 4095) & ~size_t(4095); }
+
+  int64_t count_ = 0;
 };
 
 // ------------------------------------------------------------------ vectors
@@ -329,10 +360,10 @@ VSOD_INLINE void find_simplex(const Geometry<D>& geometry, const Vec<float>* fea
 
 // ------------------------------------------------------------------ hash table
 
-// Keys are kept plus one: zero is an empty slot.
+// Keys are kept plus one: zero is an empty slot.  Once the keys are sorted, a slot holds the rank
+// of its key.
 struct Table {
   Buffer<uint64_t> keys;
-  Buffer<int32_t> rank;  // of the key in a slot
   int64_t capacity = 0;  // a power of two
   int64_t used = 0;
   int shift = 0;
@@ -341,7 +372,7 @@ struct Table {
     capacity = 16, shift = 60;
     while (capacity < at_least) capacity *= 2, --shift;
     used = 0;
-    return capacity <= int64_t(1) << 31 && keys.reserve(capacity);
+    return capacity <= int64_t(1) << 31 && keys.zeros(capacity);
   }
 
   VSOD_INLINE int64_t home(uint64_t stored) const {
@@ -401,6 +432,12 @@ Entry* sort_entries(Entry* entries, Entry* spare, int64_t count, int bits) {
 struct Values {
   Buffer<float> a, b, sums;
 
+  void release() {
+    a.release();
+    b.release();
+    sums.release();
+  }
+
   bool reserve(int64_t vertices, int64_t channels, int64_t chunks) {
     if (!a.reserve((vertices + 1) * channels + kLanes<float>) ||
         !b.reserve((vertices + 1) * channels + kLanes<float>) ||
@@ -442,10 +479,6 @@ struct Lattice {
         }))
       return true;
     for (int growth = 0;; ++growth) {
-      walk.tasks([&](int64_t task, int32_t*) {
-        const Range r = part(table.capacity, task, kTasks);
-        memset(table.keys.data + r.begin, 0, size_t(r.end - r.begin) * 8);
-      });
       if (!walk.tasks([&](int64_t task, int32_t* full) { insert(task, full, features); })) break;
       if (growth == kMaxGrowths) return true;
       if (walk.once([&](int64_t, int32_t* failed) {
@@ -466,10 +499,7 @@ struct Lattice {
             count = vertices;
             vertices += mine;
           }
-          if (!entries.reserve(vertices) || !spare.reserve(vertices) ||
-              !table.rank.reserve(table.capacity) || !next.reserve((D + 1) * vertices) ||
-              !last.reserve((D + 1) * vertices))
-            raise_flag(failed);
+          if (!entries.reserve(vertices) || !spare.reserve(vertices)) raise_flag(failed);
         }))
       return true;
     walk.tasks([&](int64_t task, int32_t*) {
@@ -478,17 +508,25 @@ struct Lattice {
       for (int64_t i = r.begin; i < r.end; ++i)
         if (table.keys.data[i]) *to++ = {table.keys.data[i] - 1, int32_t(i)};
     });
-    walk.once([&](int64_t, int32_t*) {
-      sorted = sort_entries(entries.data, spare.data, vertices, geometry->bits);
-    });
+    if (walk.once([&](int64_t, int32_t* failed) {
+          sorted = sort_entries(entries.data, spare.data, vertices, geometry->bits);
+          (sorted == entries.data ? spare : entries).release();
+          if (!next.reserve((D + 1) * vertices) || !last.reserve((D + 1) * vertices))
+            raise_flag(failed);
+        }))
+      return true;
     walk.tasks([&](int64_t task, int32_t*) {
       const Range r = part(vertices, task, kTasks);
-      for (int64_t i = r.begin; i < r.end; ++i) table.rank.data[sorted[i].slot] = int32_t(i);
+      for (int64_t i = r.begin; i < r.end; ++i) table.keys.data[sorted[i].slot] = uint64_t(i);
       for (int j = 0; j <= D; ++j)
         for (int64_t i = r.begin; i < r.end; ++i)
           last.data[j * vertices + i] = int32_t(vertices);
     });
     walk.tasks([&](int64_t task, int32_t*) { link(task); });
+    walk.once([&](int64_t, int32_t*) {
+      entries.release();
+      spare.release();
+    });
     return false;
   }
 
@@ -582,7 +620,7 @@ struct Lattice {
     const Range r = part(blocks, task, chunks);
     for (int64_t block = r.begin; block < r.end; ++block) {
       int32_t* id = ids.data + block * kBlock;
-      for (int i = 0; i < kBlock; ++i) id[i] = table.rank.data[id[i]];
+      for (int i = 0; i < kBlock; ++i) id[i] = int32_t(table.keys.data[id[i]]);
       splat(block, broadcast(1.0f), sums);
     }
   }
@@ -715,14 +753,12 @@ struct Run {
         points(problem.height * problem.width),
         blocks((points + kLanes<float> - 1) / kLanes<float>),
         channels(problem.classes ? round_up(problem.classes, kLanes<float>) : 1),
-        phases(64 + 3 * kMaxGrowths + 8 * problem.iterations),
+        phases(64 + 2 * kMaxGrowths + 8 * problem.iterations),
         shared_images(problem.batch % problem.threads),
         own_images(problem.batch - shared_images),
         work(new Work[size_t(problem.threads)]) {
     prepare(gaussian, gaussian_geometry, points / 2);
-    const int64_t count = (2 + p.threads + shared_images) * phases;
-    if (phase.reserve(count)) memset(static_cast<void*>(phase.data), 0, size_t(count) * sizeof(Phase));
-    else failed = 1;
+    if (!phase.zeros((2 + p.threads + shared_images) * phases)) failed = 1;
   }
   ~Run() { delete[] work; }
 
@@ -775,6 +811,7 @@ struct Run {
   template <int D>
   void normalise(Walk& walk, Lattice<D>& lattice, Values& values, const int64_t& chunks) {
     walk.tasks([&](int64_t task, int32_t*) { lattice.renumber(task, chunks, values); });
+    walk.once([&](int64_t, int32_t*) { lattice.table.keys.release(); });
     walk.tasks([&](int64_t task, int32_t*) { lattice.reduce(task, chunks, 1, values); });
     for (int j = 0; j <= D; ++j)
       walk.tasks([&](int64_t task, int32_t*) { lattice.blur(task, j, values); });
@@ -796,6 +833,7 @@ struct Run {
       for (int64_t block = r.begin; block < r.end; ++block)
         gaussian.set_norm(block, Lattice<2>::blurred(norm_values));
     });
+    walk.once([&](int64_t, int32_t*) { norm_values.release(); });
     return false;
   }
 
@@ -832,26 +870,43 @@ struct Run {
       return true;
     if (use_bilateral) normalise(walk, w.bilateral, w.bilateral_values, w.chunks);
     walk.tasks([&](int64_t task, int32_t*) { first_pass(task, w, index); });
+    const int directions = use_bilateral ? 6 : 3;
+    // Few threads and few vertices: a blur takes less time than threads need to meet after it.
+    const bool one_task = walk.once([&](int64_t, int32_t* small) {
+      const int64_t vertices = larger(w.bilateral.vertices, gaussian.vertices);
+      if (p.threads <= 4 && vertices * channels < 150000) raise_flag(small);
+    });
     for (int64_t t = 0; t < p.iterations; ++t) {
-      walk.tasks([&](int64_t task, int32_t*) {
-        if (use_gaussian) gaussian.reduce(task, w.chunks, channels, w.gaussian_values);
-        if (use_bilateral) w.bilateral.reduce(task, w.chunks, channels, w.bilateral_values);
-      });
-      for (int j = 0; j <= (use_bilateral ? 5 : 2); ++j)
-        walk.tasks([&](int64_t task, int32_t*) {
-          if (channels == 1) {
-            if (use_gaussian && j <= 2) gaussian.blur(task, j, w.gaussian_values);
-            if (use_bilateral) w.bilateral.blur(task, j, w.bilateral_values);
-          } else {
-            if (use_gaussian && j <= 2)
-              gaussian.blur_channels(task, j, channels, w.gaussian_values);
-            if (use_bilateral) w.bilateral.blur_channels(task, j, channels, w.bilateral_values);
-          }
+      if (one_task) {
+        walk.once([&](int64_t, int32_t*) {
+          for (int64_t task = 0; task < kTasks; ++task) reduce_both(task, w);
+          for (int j = 0; j < directions; ++j)
+            for (int64_t task = 0; task < kTasks; ++task) blur_both(task, j, w);
         });
+      } else {
+        walk.tasks([&](int64_t task, int32_t*) { reduce_both(task, w); });
+        for (int j = 0; j < directions; ++j)
+          walk.tasks([&](int64_t task, int32_t*) { blur_both(task, j, w); });
+      }
       const bool is_last = t + 1 == p.iterations;
       walk.tasks([&](int64_t task, int32_t*) { pass(task, w, index, is_last); });
     }
     return false;
+  }
+
+  void reduce_both(int64_t task, Work& w) const {
+    if (use_gaussian) gaussian.reduce(task, w.chunks, channels, w.gaussian_values);
+    if (use_bilateral) w.bilateral.reduce(task, w.chunks, channels, w.bilateral_values);
+  }
+
+  void blur_both(int64_t task, int j, Work& w) const {
+    if (channels == 1) {
+      if (use_gaussian && j <= 2) gaussian.blur(task, j, w.gaussian_values);
+      if (use_bilateral) w.bilateral.blur(task, j, w.bilateral_values);
+    } else {
+      if (use_gaussian && j <= 2) gaussian.blur_channels(task, j, channels, w.gaussian_values);
+      if (use_bilateral) w.bilateral.blur_channels(task, j, channels, w.bilateral_values);
+    }
   }
 
   void clear_sums(int64_t task, Work& w) const {
