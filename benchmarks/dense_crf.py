@@ -162,20 +162,39 @@ def _measure(inputs: Inputs, args: argparse.Namespace, device: torch.device) -> 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--size", type=_size, action="append", metavar="WxH",
-        help="may be given more than once (default: 321x321, 512x512, 854x480, 1920x1080)")
-    add("--batch", type=int, action="append", choices=range(1, 65), metavar="B",
-        help="frames in one call; may be given more than once (default: 1 and 4)")
-    add("--images", choices=("synthetic", "noise", "real"), default="synthetic",
-        help="real: saliency maps and frames from the folder that VSOD_DATA names")
+    add(
+        "--size",
+        type=_size,
+        action="append",
+        metavar="WxH",
+        help="may be given more than once (default: 321x321, 512x512, 854x480, 1920x1080)",
+    )
+    add(
+        "--batch",
+        type=int,
+        action="append",
+        choices=range(1, 65),
+        metavar="B",
+        help="frames in one call; may be given more than once (default: 1 and 4)",
+    )
+    add(
+        "--images",
+        choices=("synthetic", "noise", "real"),
+        default="synthetic",
+        help="real: saliency maps and frames from the folder that VSOD_DATA names",
+    )
     add("--preset", choices=list(PRESETS), default="dss")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, help="CPU threads (default: those of torch)")
     add("--backend", choices=backends.BACKENDS, help="backend of dense_crf")
     add("--seconds", type=float, default=5.0, help="time for one case (default: 5)")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=measure.ROOT / "benchmarks" / "out",
-        help="folder for JSON, CSV and plots (default: benchmarks/out)")
+    add(
+        "--out",
+        type=Path,
+        default=measure.ROOT / "benchmarks" / "out",
+        help="folder for JSON, CSV and plots (default: benchmarks/out)",
+    )
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -209,9 +228,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("torch finds no GPU")
     device = torch.device(args.device)
     try:
-        chosen = backends.choose(
-            "dense_crf", op.SUPPORT, args.backend, device.type, torch.float32
-        )
+        chosen = backends.choose("dense_crf", op.SUPPORT, args.backend, device.type, torch.float32)
     except ValueError as error:
         raise BadInput(str(error)) from None
     make = _maker(args.images)

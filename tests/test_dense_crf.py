@@ -194,9 +194,10 @@ def real_pairs(count):
     pil = pytest.importorskip("PIL.Image")
     numpy = pytest.importorskip("numpy")
     for path in maps[:: max(1, len(maps) // count)][:count]:
-        with pil.open(path) as saliency, pil.open(
-            frames / path.parent.name / f"{path.stem}.jpg"
-        ) as frame:
+        with (
+            pil.open(path) as saliency,
+            pil.open(frames / path.parent.name / f"{path.stem}.jpg") as frame,
+        ):
             image = numpy.array(frame.convert("RGB").resize(saliency.size))
             prob = numpy.array(saliency.convert("L")).astype("float32") / 255
         yield torch.from_numpy(prob)[None], torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -427,7 +428,13 @@ NAN = float("nan")
         (P, IMAGE, {"bilateral_srgb": 0.0}, ValueError, "bilateral_srgb must be above zero"),
         (P, IMAGE, {"bilateral_srgb": NAN}, ValueError, "bilateral_srgb must be finite, got nan"),
         (P, IMAGE, {"gaussian_weight": -1}, ValueError, "gaussian_weight must not be negative"),
-        (P, IMAGE, {"bilateral_weight": "5"}, TypeError, "bilateral_weight must be a number, got str"),
+        (
+            P,
+            IMAGE,
+            {"bilateral_weight": "5"},
+            TypeError,
+            "bilateral_weight must be a number, got str",
+        ),
         (P, IMAGE, {"iterations": -1}, ValueError, "iterations must be from 0 to 1000, got -1"),
         (P, IMAGE, {"iterations": 1.5}, TypeError, "iterations must be an int, got float"),
         (P, IMAGE, {"iterations": True}, TypeError, "iterations must be an int, got bool"),
@@ -517,8 +524,16 @@ def test_other_levels(level):
     if levels.index(level) >= levels.index(MODULE.build_info()["level"]):
         pytest.skip(f"this CPU's level is {MODULE.build_info()['level']}")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k",
-         "(like_pydensecrf and not deeplab) or bits or grows or one_pixel or binary_case"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            __file__,
+            "-k",
+            "(like_pydensecrf and not deeplab) or bits or grows or one_pixel or binary_case",
+        ],
         env=os.environ | {"VSOD_OPS_SIMD": level},
         capture_output=True,
         text=True,

@@ -9,9 +9,10 @@
 // directions of the lattice, and each point reads its vertices back (slice).
 //
 // A lattice is made once per image (the 2-D one once per call) and kept:
-//     ids, weights  [block of kLanes points][D + 1][kLanes]   the vertices of each point
-//     next, last    [D + 1][vertices]                         neighbours; a missing one is the
-//                                                             vertex `vertices`, whose value is 0
+//     ids, weights  [block of kLanes points][D + 1][kLanes] each, side by side: the vertices of
+//                   each point
+//     next, last    [D + 1][vertices]: neighbours; a missing one is the vertex `vertices`, whose
+//                   value is 0
 // A vertex is packed into one 64-bit key by a linear map, so that its neighbour along direction j
 // is key + step[j], and a simplex is walked by adding steps.  All keys go through a shared hash
 // table (linear probing, compare-and-swap), are then sorted, and a vertex is its rank: the same
@@ -452,14 +453,13 @@ struct Values {
 
 template <int D>
 struct Lattice {
-  static constexpr int kBlock = (D + 1) * kLanes<float>;  // ids, weights of one block of points
+  static constexpr int kBlock = (D + 1) * kLanes<float>;  // ids or weights of a block of points
 
   const Geometry<D>* geometry;
   int64_t points, blocks, vertices = 0;
   int64_t capacity = 0;  // first size of the table
-  Buffer<int32_t> ids;
-  Buffer<float> weights;
-  Buffer<int32_t> next, last;  // [D + 1][vertices]
+  Buffer<char> corners;        // [blocks]: int32 ids [D + 1][kLanes], float weights likewise
+  Buffer<int32_t> neighbours;  // [2][D + 1][vertices]: next, last
   Buffer<float> norm;          // [points], the diagonal of S
   Table table;
   Buffer<Entry> entries, spare;
@@ -469,11 +469,20 @@ struct Lattice {
   // What turns slice(blur(splat(1))) into K 1.
   static constexpr float kAlpha = 1.0f / (1.0f + 1.0f / (1 << D));
 
+  VSOD_INLINE int32_t* ids(int64_t block) const {
+    return reinterpret_cast<int32_t*>(corners.data + block * kBlock * 8);
+  }
+  VSOD_INLINE float* weights(int64_t block) const {
+    return reinterpret_cast<float*>(corners.data + block * kBlock * 8 + kBlock * 4);
+  }
+  VSOD_INLINE int32_t* next(int j) const { return neighbours.data + j * vertices; }
+  VSOD_INLINE int32_t* last(int j) const { return neighbours.data + (D + 1 + j) * vertices; }
+
   // features(block, out) gives the D features of kLanes points.  Returns true if it failed.
   template <class Features>
   bool build(Walk& walk, Features features) {
     if (walk.once([&](int64_t, int32_t* failed) {
-          if (!ids.reserve(blocks * kBlock) || !weights.reserve(blocks * kBlock) ||
+          if (!corners.reserve(blocks * kBlock * 8) ||
               !norm.reserve(blocks * kLanes<float>) || !table.resize(capacity))
             raise_flag(failed);
         }))
@@ -511,8 +520,7 @@ struct Lattice {
     if (walk.once([&](int64_t, int32_t* failed) {
           sorted = sort_entries(entries.data, spare.data, vertices, geometry->bits);
           (sorted == entries.data ? spare : entries).release();
-          if (!next.reserve((D + 1) * vertices) || !last.reserve((D + 1) * vertices))
-            raise_flag(failed);
+          if (!neighbours.reserve(2 * (D + 1) * vertices)) raise_flag(failed);
         }))
       return true;
     walk.tasks([&](int64_t task, int32_t*) {
@@ -520,7 +528,7 @@ struct Lattice {
       for (int64_t i = r.begin; i < r.end; ++i) table.keys.data[sorted[i].slot] = uint64_t(i);
       for (int j = 0; j <= D; ++j)
         for (int64_t i = r.begin; i < r.end; ++i)
-          last.data[j * vertices + i] = int32_t(vertices);
+          last(j)[i] = int32_t(vertices);
     });
     walk.tasks([&](int64_t task, int32_t*) { link(task); });
     walk.once([&](int64_t, int32_t*) {
@@ -540,7 +548,7 @@ struct Lattice {
       features(block, f);
       uint64_t keys[kBlock];
       int64_t home[kBlock];
-      float* w = weights.data + block * kBlock;
+      float* w = weights(block);
       find_simplex<D>(*geometry, f, w, keys);
       for (int64_t n = points - block * kLanes<float>; n < kLanes<float>; ++n)
         for (int k = 0; k <= D; ++k) {  // points that are not there
@@ -548,7 +556,7 @@ struct Lattice {
           w[k * kLanes<float> + n] = 0;
         }
       for (int i = 0; i < kBlock; ++i) home[i] = table.home(++keys[i]);
-      int32_t* to = ids.data + block * kBlock;
+      int32_t* to = ids(block);
       int64_t added = 0;
       for (int i = 0; i < kBlock; ++i) {
         int64_t slot = home[i];
@@ -581,8 +589,8 @@ struct Lattice {
         const uint64_t wanted = sorted[v].key + step;
         while (u < vertices && sorted[u].key < wanted) ++u;
         const bool there = u < vertices && sorted[u].key == wanted;
-        next.data[j * vertices + v] = int32_t(there ? u : vertices);
-        if (there) last.data[j * vertices + u] = int32_t(v);
+        next(j)[v] = int32_t(there ? u : vertices);
+        if (there) last(j)[u] = int32_t(v);
       }
     }
   }
@@ -590,8 +598,8 @@ struct Lattice {
   // ---------------------------------------------------------------- one channel
 
   VSOD_INLINE Vec<float> slice(int64_t block, const float* values) const {
-    const int32_t* id = ids.data + block * kBlock;
-    const float* w = weights.data + block * kBlock;
+    const int32_t* id = ids(block);
+    const float* w = weights(block);
     Vec<float> sum = {};
 #pragma GCC unroll 8
     for (int k = 0; k <= D; ++k)
@@ -600,8 +608,8 @@ struct Lattice {
   }
 
   VSOD_INLINE void splat(int64_t block, Vec<float> x, float* sums) const {
-    const int32_t* id = ids.data + block * kBlock;
-    const float* w = weights.data + block * kBlock;
+    const int32_t* id = ids(block);
+    const float* w = weights(block);
     float share[kBlock];
 #pragma GCC unroll 8
     for (int k = 0; k <= D; ++k)
@@ -619,7 +627,7 @@ struct Lattice {
     memset(sums, 0, size_t(vertices) * 4);
     const Range r = part(blocks, task, chunks);
     for (int64_t block = r.begin; block < r.end; ++block) {
-      int32_t* id = ids.data + block * kBlock;
+      int32_t* id = ids(block);
       for (int i = 0; i < kBlock; ++i) id[i] = int32_t(table.keys.data[id[i]]);
       splat(block, broadcast(1.0f), sums);
     }
@@ -647,7 +655,7 @@ struct Lattice {
     const Range r = part(vertices, task, kTasks);
     const float* from = j & 1 ? values.b.data : values.a.data;
     float* to = j & 1 ? values.a.data : values.b.data;
-    const int32_t *n = next.data + j * vertices, *l = last.data + j * vertices;
+    const int32_t *n = next(j), *l = last(j);
     int64_t i = r.begin;
     for (; i + kLanes<float> <= r.end; i += kLanes<float>)
       store(to + i, load(from + i) + 0.5f * (gather(from, load(n + i)) + gather(from, load(l + i))));
@@ -668,8 +676,8 @@ struct Lattice {
   // sum[c] += scale * slice of point (block, lane)
   VSOD_INLINE void slice_add(int64_t block, int lane, const float* values, int64_t channels,
                              float scale, float* sum) const {
-    const int32_t* id = ids.data + block * kBlock + lane;
-    const float* w = weights.data + block * kBlock + lane;
+    const int32_t* id = ids(block) + lane;
+    const float* w = weights(block) + lane;
     for (int64_t c = 0; c < channels; c += kLanes<float>) {
       Vec<float> s = {};
 #pragma GCC unroll 8
@@ -681,8 +689,8 @@ struct Lattice {
 
   VSOD_INLINE void splat_add(int64_t block, int lane, const float* x, int64_t channels,
                              float scale, float* sums) const {
-    const int32_t* id = ids.data + block * kBlock + lane;
-    const float* w = weights.data + block * kBlock + lane;
+    const int32_t* id = ids(block) + lane;
+    const float* w = weights(block) + lane;
     for (int k = 0; k <= D; ++k) {
       float* to = sums + id[k * kLanes<float>] * channels;
       const float share = scale * w[k * kLanes<float>];
@@ -696,8 +704,8 @@ struct Lattice {
     const float* from = j & 1 ? values.b.data : values.a.data;
     float* to = j & 1 ? values.a.data : values.b.data;
     for (int64_t i = r.begin; i < r.end; ++i) {
-      const float* n = from + next.data[j * vertices + i] * channels;
-      const float* l = from + last.data[j * vertices + i] * channels;
+      const float* n = from + next(j)[i] * channels;
+      const float* l = from + last(j)[i] * channels;
       for (int64_t c = 0; c < channels; c += kLanes<float>)
         store(to + i * channels + c,
               load(from + i * channels + c) + 0.5f * (load(n + c) + load(l + c)));

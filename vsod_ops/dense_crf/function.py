@@ -132,9 +132,7 @@ def _check(prob: Tensor, image: Tensor) -> None:
     if image.dtype not in _IMAGE_DTYPES:
         raise TypeError(f"image must be uint8 or another real dtype, got {image.dtype}")
     if prob.dim() not in (3, 4):
-        raise ValueError(
-            f"prob must be (B, H, W) or (B, L, H, W), got shape {tuple(prob.shape)}"
-        )
+        raise ValueError(f"prob must be (B, H, W) or (B, L, H, W), got shape {tuple(prob.shape)}")
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (B, 3, H, W), got shape {tuple(image.shape)}")
     if image.device != prob.device:

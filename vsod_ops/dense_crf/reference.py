@@ -66,9 +66,7 @@ def _filter(features: Tensor, values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _mean_field(
-    prob: Tensor, kernels: list[tuple[Tensor, float]], iterations: int
-) -> Tensor:
+def _mean_field(prob: Tensor, kernels: list[tuple[Tensor, float]], iterations: int) -> Tensor:
     negative_unary = prob.clip(CLIP, 1).log()  # (N, L)
     scales = [(_filter(f, torch.ones_like(prob[:, :1])) + 1e-20).rsqrt() for f, _ in kernels]
     q = negative_unary.softmax(1)
