@@ -46,6 +46,7 @@ namespace {
 
 constexpr int kTasks = 32;      // tasks of one phase; also the most chunks of points
 constexpr int kMaxGrowths = 16;  // of the hash table, each by 4
+constexpr int64_t kSmallImage = 1 << 16;  // pixels
 constexpr float kClip = 1e-5f;
 constexpr float kTiny = 1e-20f;
 
@@ -743,7 +744,8 @@ struct Run {
   const bool use_gaussian, use_bilateral;
   const int64_t points, blocks, channels;
   const int64_t phases;  // of one walk, at most
-  // Images go to one thread each while there are as many as threads, the rest to all together.
+  // Small images go to one thread each while there are as many as threads.  The others go to all
+  // threads together, one after another, so that there is the memory of one lattice only.
   const int64_t shared_images, own_images;
   Lattice<2> gaussian;
   Values norm_values;
@@ -762,7 +764,7 @@ struct Run {
         blocks((points + kLanes<float> - 1) / kLanes<float>),
         channels(problem.classes ? round_up(problem.classes, kLanes<float>) : 1),
         phases(64 + 2 * kMaxGrowths + 8 * problem.iterations),
-        shared_images(problem.batch % problem.threads),
+        shared_images(points < kSmallImage ? problem.batch % problem.threads : problem.batch),
         own_images(problem.batch - shared_images),
         work(new Work[size_t(problem.threads)]) {
     prepare(gaussian, gaussian_geometry, points / 2);
