@@ -233,34 +233,69 @@ def _derived_backward(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shape", type=_shape, action="append", metavar="BxTxHxW",
+    add(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="BxTxHxW",
         help="video tokens; may be given more than once (default: 1x5x28x28 with 4 heads of 128 "
-             "and 1x5x14x14 with 8 of 64)")
+        "and 1x5x14x14 with 8 of 64)",
+    )
     add("--full", action="store_true", help="the default shapes, each with 4 and with 8 heads")
     add("--heads", type=_positive, help="number of heads (default: 512 / dim, or 4 and 8)")
     add("--dim", type=_positive, help="size of one head (default: 512 / heads)")
-    add("--reductions", type=_reductions, default=((1, 1, 1), (2, 2, 2)), metavar="1,2",
-        help="reduction rate of each head group, r or TxHxW (default: 1,2)")
-    add("--dtype", action="append", choices=list(measure.DTYPES),
-        help="may be given more than once (default: float32 and bfloat16)")
+    add(
+        "--reductions",
+        type=_reductions,
+        default=((1, 1, 1), (2, 2, 2)),
+        metavar="1,2",
+        help="reduction rate of each head group, r or TxHxW (default: 1,2)",
+    )
+    add(
+        "--dtype",
+        action="append",
+        choices=list(measure.DTYPES),
+        help="may be given more than once (default: float32 and bfloat16)",
+    )
     add("--device", help="default: cuda where there is a GPU, else cpu")
     add("--threads", type=_positive, help="CPU threads (default: those of torch)")
     add("--sweep", action="store_true", help="lengths from 245 to 62,720 tokens, 4 heads of 128")
-    add("--clip", type=Path, metavar="PATH",
+    add(
+        "--clip",
+        type=Path,
+        metavar="PATH",
         help="q, k and v from the frames of a video or of a folder of images, in place of random "
-             "numbers: VGG16 features of stages 4 and 5 through ShuntedAttention's projections")
+        "numbers: VGG16 features of stages 4 and 5 through ShuntedAttention's projections",
+    )
     add("--frames", type=_positive, default=5, help="frames taken from --clip (default: 5)")
-    add("--weights", type=Path, metavar="FILE",
-        help="state dict of torchvision's vgg16 for --clip (default: random weights)")
-    add("--baselines", type=_baselines, default=tuple(RIVALS), metavar="NAMES",
-        help=f"rivals, separated by commas, out of {', '.join(RIVALS)} (default: all)")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="state dict of torchvision's vgg16 for --clip (default: random weights)",
+    )
+    add(
+        "--baselines",
+        type=_baselines,
+        default=tuple(RIVALS),
+        metavar="NAMES",
+        help=f"rivals, separated by commas, out of {', '.join(RIVALS)} (default: all)",
+    )
     add("--backend", choices=backends.BACKENDS, help="backend of shunted_attention")
     add("--seconds", type=_seconds, help="time for one case and direction (default: 1; sweep: 10)")
-    add("--limit", type=_seconds, default=60.0,
-        help="leave a rival out where one call takes more than these seconds (default: 60)")
+    add(
+        "--limit",
+        type=_seconds,
+        default=60.0,
+        help="leave a rival out where one call takes more than these seconds (default: 60)",
+    )
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=measure.ROOT / "benchmarks" / "out",
-        help="folder for JSON, CSV and plots (default: benchmarks/out)")
+    add(
+        "--out",
+        type=Path,
+        default=measure.ROOT / "benchmarks" / "out",
+        help="folder for JSON, CSV and plots (default: benchmarks/out)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -536,7 +571,14 @@ def _table(case: Mapping[str, Any]) -> Any:
 
 
 SUMMARY_COLUMNS = (
-    "case", "direction", "ours", "of peak", "vs SDPA", "vs best rival", "memory", "of SDPA",
+    "case",
+    "direction",
+    "ours",
+    "of peak",
+    "vs SDPA",
+    "vs best rival",
+    "memory",
+    "of SDPA",
 )
 
 

@@ -30,9 +30,7 @@ from vsod_ops import backends
 ROOT = Path(__file__).resolve().parent.parent
 MIN_REPEATS, MAX_REPEATS = 5, 100
 PATIENCE = 20  # MIN_REPEATS may take this many times the budget before there are fewer of them
-DTYPES = {
-    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 TIME_METHOD = {
     "cpu": (
@@ -159,9 +157,7 @@ def cuda_graph(calls: Sequence[Callable[[], object]]) -> Work:
 # ---- memory
 
 
-def call_and_peak(
-    call: Callable[[], Any], device: torch.device
-) -> tuple[Any, float, int | None]:
+def call_and_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, int | None]:
     """Run `call()` once: its result, its seconds, and the peak extra memory in bytes.
 
     MEMORY_METHOD says how; None where the system cannot tell (a CPU without Linux's /proc).

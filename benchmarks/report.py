@@ -1,7 +1,8 @@
 """`python -m benchmarks report`: write the tables of README.md from benchmarks/results/.
 
 A section between `<!-- results:NAME:begin -->` and `<!-- results:NAME:end -->` takes every
-results/MACHINE/*.json of benchmark NAME: its `markdown(document)`, the plots beside it, and links.
+results/MACHINE/NAME.json: its `markdown(document)`, the plots beside it, and links, also to further
+runs of that benchmark there (NAME-*.json).
 """
 
 import argparse
@@ -36,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
         found = {path: doc for path, doc in documents.items() if doc["benchmark"] == name}
         if not found:
             raise BadInput(f"{args.results} has no results of {name}")
-        parts = [_part(path, doc, args.readme.parent) for path, doc in found.items()]
+        parts = [
+            _part(path, doc, args.readme.parent) for path, doc in found.items() if path.stem == name
+        ]
         return f"{begin}\n" + "\n\n".join(parts) + f"\n\n{end}"
 
     args.readme.write_text(_SECTION.sub(rewrite, text))
@@ -53,8 +56,8 @@ def _part(path: Path, document: dict, base: Path) -> str:
     commit = document["commit"]
     revision = f", commit {commit['revision'][:10]}" if commit else ""
     revision += " with changes" if commit and commit["dirty"] else ""
-    plots = sorted(path.parent.glob(f"{path.stem}-*.svg"), reverse=True)  # time before memory
-    others = [p.stem for p in path.parent.glob("*.json") if p.stem.startswith(f"{path.stem}-")]
+    further = sorted(path.parent.glob(f"{path.stem}-*.json"))
+    plots = sorted(path.parent.glob(f"{path.stem}-*.svg"))
     lines = [
         f"**{path.stem}**, {document['machine']['line']}",
         "",
@@ -62,8 +65,11 @@ def _part(path: Path, document: dict, base: Path) -> str:
         "",
     ]
     for image in plots:
-        if not any(image.stem.startswith(f"{other}-") for other in others):
+        if not any(image.stem.startswith(f"{other.stem}-") for other in further):
             lines += [f"![{image.stem}]({link(image)})", ""]
     files = ", ".join(f"[{p.name}]({link(p)})" for p in (path, path.with_suffix(".csv")))
     lines.append(f"Measured {document['date'][:10]}{revision}; every rival and number: {files}")
+    if further:
+        runs = ", ".join(f"[{p.stem}]({link(p.with_suffix('.csv'))})" for p in further)
+        lines[-1] += f". Further runs on this machine: {runs}"
     return "\n".join(lines)
