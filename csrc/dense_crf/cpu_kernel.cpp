@@ -169,7 +169,11 @@ struct Buffer {
   }
 
   bool mapped() const { return bytes() >= kLarge; }
-  size_t bytes() const { return (size_t(count_) * sizeof(T) + 4095) & ~size_t(4095); }
+  // Whole large pages: the tails of all arrays together would be thousands of small ones.
+  size_t bytes() const {
+    const size_t size = size_t(count_) * sizeof(T), page = size < kLarge ? 4096 : kPage;
+    return (size + page - 1) & ~(page - 1);
+  }
 
   int64_t count_ = 0;
 };
