@@ -304,3 +304,41 @@ def test_key_counts_follow_padding_ceil():
     case = attention.Case((1, 5, 14, 14), 4, 128, ((1,) * 3, (2,) * 3, (1, 2, 4)),
                           torch.float32, torch.device("cpu"))  # fmt: skip
     assert case.key_counts == [980, 147, 5 * 7 * 4]
+
+
+def test_dense_crf(tmp_path, capsys):
+    pytest.importorskip("pydensecrf", reason="the extra `bench` is not installed")
+    options = ["--size", "40x30", "--seconds", "0.05", "--out", str(tmp_path)]
+    assert main(["dense_crf", *options]) == 0
+    document = read(tmp_path, "dense_crf-cpu-synthetic")
+    assert [case["batch"] for case in document["cases"]] == [1, 4]
+    for case in document["cases"]:
+        assert case["mean_difference"] <= 1e-3
+        assert [row["rival"] for row in case["rows"]] == ["dense_crf", "pydensecrf"]
+    assert (tmp_path / "dense_crf-cpu-synthetic-time.svg").exists()
+    assert "1 x 40x30" in capsys.readouterr().out
+    from benchmarks import dense_crf
+
+    assert dense_crf.markdown(document).count("\n| ") == 3
+
+
+def test_dense_crf_bad_input(capsys, monkeypatch):
+    pytest.importorskip("pydensecrf", reason="the extra `bench` is not installed")
+    monkeypatch.delenv("VSOD_DATA", raising=False)
+    assert main(["dense_crf", "--images", "real"]) == 2
+    assert "--images real needs VSOD_DATA" in capsys.readouterr().err
+    assert main(["dense_crf", "--seconds", "0"]) == 2
+    assert "--seconds must be a positive number" in capsys.readouterr().err
+    assert main(["dense_crf", "--threads", "0"]) == 2
+    assert "--threads must be at least 1" in capsys.readouterr().err
+
+
+def test_dense_crf_does_not_time_a_wrong_result(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("pydensecrf", reason="the extra `bench` is not installed")
+    from benchmarks import dense_crf
+
+    monkeypatch.setattr(dense_crf, "dense_crf", lambda prob, image, **_: 1 - prob)
+    options = ["--size", "40x30", "--batch", "1", "--seconds", "0.05", "--out", str(tmp_path)]
+    assert main(["dense_crf", *options]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    assert read(tmp_path, "dense_crf-cpu-synthetic")["cases"][0]["rows"] == []

@@ -98,7 +98,7 @@ def in_source(source, code):
     # An editable installation would find what the copy lacks, for example its compiled modules.
     code = (
         "import sys\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        "sys.meta_path = [x for x in sys.meta_path if 'Editable' not in getattr(x, '__name__', '')]\n"
     ) + code
     env = os.environ | {"PYTHONPATH": str(source)}
     return subprocess.run(

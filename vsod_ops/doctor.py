@@ -8,9 +8,13 @@ import platform
 import torch
 
 from . import __version__, backends
+from .dense_crf import op as dense_crf_op
 from .shunted_attention import op as shunted_attention_op
 
-OPS = {"shunted_attention": shunted_attention_op.SUPPORT}
+OPS = {
+    "dense_crf": dense_crf_op.SUPPORT,
+    "shunted_attention": shunted_attention_op.SUPPORT,
+}
 
 
 def _version(package: str) -> str:

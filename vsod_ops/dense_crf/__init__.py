@@ -1,0 +1,11 @@
+"""Fully connected CRF over the pixels of an image: the post-processing of saliency maps.
+
+function   public function: argument checks, presets
+op         torch op: schema, fake kernel, autograd, checks of values, choice of backend
+reference  the definition, all pairs of pixels, in plain PyTorch
+(csrc/dense_crf/ holds the compiled kernels)
+"""
+
+from .function import PRESETS, dense_crf
+
+__all__ = ["PRESETS", "dense_crf"]

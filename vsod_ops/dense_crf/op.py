@@ -1,0 +1,104 @@
+"""The torch op: schema, checks of values, choice of backend, fake kernel, autograd.
+
+The op itself is a small Python kernel that looks at the values and picks a backend at run time,
+so that neither is baked into a traced graph.  Compiled backends are ops of their own.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import reference
+
+# Everything is computed in float32; the reference computes float64 prob in float64.
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+
+SUPPORT: backends.Support = {"cpu": _FLOATS, "reference": _FLOATS}
+
+_NUMBERS = (
+    "int iterations, float gaussian_sxy, float gaussian_weight, "
+    "float bilateral_sxy, float bilateral_srgb, float bilateral_weight"
+)
+_lib = torch.library.Library("vsod_ops", "FRAGMENT")
+_lib.define(f"dense_crf(Tensor prob, Tensor image, {_NUMBERS}, str? backend) -> Tensor")
+# csrc/dense_crf/cpu.cpp; prob float32 and image uint8 or float32, both contiguous.
+# hash_capacity: first size of the hash table, 0 for a guess from the size of the image.
+_lib.define(f"dense_crf_cpu(Tensor prob, Tensor image, {_NUMBERS}, int hash_capacity) -> Tensor")
+
+dense_crf = torch.ops.vsod_ops.dense_crf.default
+
+
+def _forward(prob: Tensor, image: Tensor, iterations: int, *arguments) -> Tensor:
+    *numbers, backend = arguments
+    chosen = backends.choose("dense_crf", SUPPORT, backend, prob.device.type, prob.dtype)
+    if prob.numel() == 0:
+        return _fake(prob, image, iterations, *arguments)
+    _check_values(prob, image)
+    if iterations == 0:
+        return prob.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if chosen == "reference":
+        pixels = prob.shape[-2] * prob.shape[-1]
+        if backend is None and pixels > reference.MAX_PIXELS:
+            reason = backends.why_not(prob.device.type, SUPPORT, prob.device.type, prob.dtype)
+            raise ValueError(
+                f"dense_crf: an image of {pixels} pixels is too large for brute force, and no "
+                f"compiled backend can run: {reason}; backend='reference' runs it all the same"
+            )
+        return reference.forward(prob, image, iterations, *numbers).float()
+    prob = prob.to(torch.float32).contiguous()
+    image = (image if image.dtype == torch.uint8 else image.to(torch.float32)).contiguous()
+    try:
+        return torch.ops.vsod_ops.dense_crf_cpu(prob, image, iterations, *numbers, 0)
+    except RuntimeError as error:
+        # Vertices of the lattice are 64-bit keys: widths far below a pixel need more.
+        if "too small for an image" in str(error):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise
+
+
+def _check_values(prob: Tensor, image: Tensor) -> None:
+    low, high = (x.item() for x in prob.aminmax())
+    if not (low >= 0 and high <= 1):  # written so that NaN is caught
+        raise ValueError(f"prob must lie in [0, 1] without NaN, got {low:g} to {high:g}")
+    if prob.dim() == 4:
+        total = prob.sum(1, dtype=torch.float32)
+        error = (total - 1).abs().amax().item()
+        # Classes rounded one by one to 16 bits miss one by more.
+        if error > (1e-2 if prob.dtype.itemsize == 2 else 1e-3):
+            raise ValueError(
+                f"prob must sum to one over the classes (dim 1), but is off by up to {error:g}"
+            )
+    if image.dtype != torch.uint8:
+        low, high = (x.item() for x in image.aminmax())
+        if not (low >= 0 and high <= 255):
+            raise ValueError(f"image must lie in 0..255 without NaN, got {low:g} to {high:g}")
+        if image.is_floating_point() and 0 < high <= 1:
+            warnings.warn(
+                f"dense_crf: image has values up to {high:g}, but its scale is 0..255: "
+                "in 0..1 all colours are nearly the same to the CRF",
+                stacklevel=2,
+            )
+
+
+def _fake(prob: Tensor, image: Tensor, *arguments) -> Tensor:
+    return prob.new_empty(prob.shape, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    pass
+
+
+def _no_gradient(ctx, grad):
+    raise NotImplementedError(
+        "dense_crf has no gradient: it is post-processing; call it on prob.detach()"
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    _lib.impl("dense_crf", _forward, _key)
+torch.library.register_fake("vsod_ops::dense_crf", _fake, lib=_lib)
+torch.library.register_autograd(
+    "vsod_ops::dense_crf", _no_gradient, setup_context=_setup_context, lib=_lib
+)
