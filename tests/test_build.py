@@ -98,7 +98,8 @@ def in_source(source, code):
     # An editable installation would find what the copy lacks, for example its compiled modules.
     code = (
         "import sys\n"
-        "sys.meta_path = [x for x in sys.meta_path if 'Editable' not in getattr(x, '__name__', '')]\n"
+        "for finder in list(sys.meta_path):\n"
+        "    if 'Editable' in getattr(finder, '__name__', ''): sys.meta_path.remove(finder)\n"
     ) + code
     env = os.environ | {"PYTHONPATH": str(source)}
     return subprocess.run(
