@@ -8,9 +8,13 @@ import platform
 import torch
 
 from . import __version__, backends
+from .conv_lstm import op as conv_lstm_op
 from .shunted_attention import op as shunted_attention_op
 
-OPS = {"shunted_attention": shunted_attention_op.SUPPORT}
+OPS = {
+    "shunted_attention": shunted_attention_op.SUPPORT,
+    "conv_lstm": conv_lstm_op.SUPPORT,
+}
 
 
 def _version(package: str) -> str:
