@@ -111,21 +111,22 @@ VSOD_INLINE void store_first(N* p, Vec<S> v, int64_t count) {
 
 // ------------------------------------------------------------------ sigmoid and tanh
 
-// exp(x) = scale * (1 + part), x <= 0, part = e^r - 1 with |r| <= ln 2 / 2.  NaN is kept; below
-// -87 the scale is that of -87, small enough for both functions.
+// exp(x) = scale * (1 + part), x <= 0, part = e^r - 1 with |r| <= ln 2 / 2.  NaN is kept; the
+// scale is 0 below -87.7, where exp(x) is not a normal number.
 struct ExpParts {
   Vec<float> scale, part;
 };
 VSOD_INLINE ExpParts exp_parts(Vec<float> x) {
-  x = x < -87.0f ? broadcast(-87.0f) : x;
+  x = x < -88.0f ? broadcast(-88.0f) : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> shifted = x * 1.44269504f + magic;
   const Vec<float> n = shifted - magic;
   Vec<float> r = x - n * 0.693145752f;
   r = r - n * 1.42860677e-6f;
-  Vec<float> p = r * 1.3981999e-3f + 8.3334519e-3f;
-  p = p * r + 4.1665795e-2f;
-  p = p * r + 1.6666666e-1f;
+  Vec<float> p = r * 1.9841270e-4f + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666668e-2f;
+  p = p * r + 1.6666667e-1f;
   p = p * r + 0.5f;
   p = p * (r * r) + r;
   const Vec<int32_t> exponent = (Vec<int32_t>(shifted) << 23) + 0x3f800000;
@@ -214,6 +215,7 @@ struct Depth {
 };
 
 // sums[i][v] += sum over pixels of a[i * a_stride + pixel] * b[pixel][v], R planes, V vectors.
+// The pixels are summed apart, from zero: many short sums lose less than a long one.
 template <class S, int R, int V>
 void weight_block(const S* a, int64_t a_stride, const S* b, int64_t b_stride, Depth depth, S* sums,
                   int64_t sum_stride) {
@@ -224,7 +226,7 @@ void weight_block(const S* a, int64_t a_stride, const S* b, int64_t b_stride, De
   for (int i = 0; i < R; ++i) {
     plane[i] = a + i * a_stride;
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[i][v] = load(sums + i * sum_stride + v * kN);
+    for (int v = 0; v < V; ++v) sum[i][v] = Vec<S>{};
   }
   int64_t at = 0;
   for (int64_t row = 0; row < depth.rows; ++row) {
@@ -247,7 +249,10 @@ void weight_block(const S* a, int64_t a_stride, const S* b, int64_t b_stride, De
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store(sums + i * sum_stride + v * kN, sum[i][v]);
+    for (int v = 0; v < V; ++v) {
+      S* to = sums + i * sum_stride + v * kN;
+      store(to, load(to) + sum[i][v]);
+    }
 }
 
 template <class S, int V>
@@ -633,7 +638,7 @@ struct Backward : Common<S, N> {
   Counter tasks;
   const int64_t gates, lanes, panel_lanes;
   const int64_t hidden_blocks, channel_blocks;
-  const bool need_weights, need_bias, need_sums;
+  const bool need_weights, need_sums, sum_peephole;
 
   explicit Backward(const Problem& problem)
       : Base(problem), tiling(backward_tiling<S>(problem)), taps(problem, tiling.pitch, 1),
@@ -641,8 +646,8 @@ struct Backward : Common<S, N> {
         lanes(gate_lanes<S>(problem)), panel_lanes(smaller(lanes, 2 * kN)),
         hidden_blocks(ceil_div(problem.hidden, kOutputs)),
         channel_blocks(ceil_div(problem.channels, kOutputs)),
-        need_weights(problem.dweight_ih || problem.dweight_hh), need_bias(problem.dbias),
-        need_sums(need_weights || need_bias) {}
+        need_weights(problem.dweight_ih || problem.dweight_hh), need_sums(need_weights || problem.dbias),
+        sum_peephole(problem.dpeephole && !problem.full_peephole) {}
 
   // weights[block of outputs][gate plane][tap][output]: first blocks of h, then blocks of x.
   void pack_backward_weights() const {
@@ -663,7 +668,7 @@ struct Backward : Common<S, N> {
   }
 
   struct Places {
-    S *packed, *transposed, *scratch_gates, *sums;
+    S *packed, *transposed, *scratch_gates, *sums, *peephole_sums;
   };
 
   // Step t: dx[t + 1] and dh[t] from dgates[t + 1]; dgates[t], dc; weight gradients of step t.
@@ -672,8 +677,10 @@ struct Backward : Common<S, N> {
     const int64_t packed_planes = larger(p.channels + p.hidden, gates);
     const int64_t vectors = ceil_div(tiling.columns, kN);
     const int64_t bare = tiling.rows * vectors * kN;
-    const int64_t counts[4] = {packed_planes * tiling.plane, lanes * bare,
-                               p.gates ? 0 : gates * bare, kOutputs * kMaxVectors * kN};
+    const int64_t peephole_sums = sum_peephole ? 3 * p.hidden * kN : 0;
+    const int64_t counts[] = {packed_planes * tiling.plane, lanes * bare,
+                              p.gates ? 0 : gates * bare, kOutputs * kMaxVectors * kN,
+                              peephole_sums};
     int64_t bytes = 0;
     for (int64_t count : counts) bytes += Scratch::bytes<S>(count);
     Scratch scratch(thread_scratch(bytes));
@@ -682,6 +689,8 @@ struct Backward : Common<S, N> {
     at.transposed = scratch.piece<S>(counts[1]);
     at.scratch_gates = scratch.piece<S>(counts[2]);
     at.sums = scratch.piece<S>(counts[3]);
+    at.peephole_sums = scratch.piece<S>(counts[4]);
+    memset(at.peephole_sums, 0, peephole_sums * sizeof(S));
 
     const Blocks blocks(ceil_div(tile.columns, kN));
     int64_t planes = 0;
@@ -723,12 +732,15 @@ struct Backward : Common<S, N> {
             } else {
               const int64_t bare_at = y * vectors * kN + column;
               gate_gradients(tile, m, y, column, pixel, width, count, sums,
-                             p.gates ? nullptr : at.scratch_gates + bare_at, bare, group);
+                             p.gates ? nullptr : at.scratch_gates + bare_at, bare, at.peephole_sums);
             }
           }
         }
     }
-    if (t < 0 || !need_sums) return;
+    if (t < 0) return;
+    S* peephole_total = group + group_sums<S>(p) - 3 * p.hidden * kN;
+    for (int64_t i = 0; i < peephole_sums; ++i) peephole_total[i] += at.peephole_sums[i];
+    if (!need_sums) return;
     transpose_dgates(tile, at.transposed, group);
     if (!need_weights) return;
     planes = this->pack_inputs(tiling, tile, t, at.packed);
@@ -782,7 +794,7 @@ struct Backward : Common<S, N> {
   // dgates[t] and dc of one channel and `count` pixels, at most `vectors` vectors of them.
   VSOD_INLINE void gate_gradients(const Tile& tile, int64_t m, int64_t y, int64_t column,
                                   int64_t pixel, int64_t vectors, int64_t count, const S* dh_sums,
-                                  const S* scratch_gates, int64_t bare, S* group) const {
+                                  const S* scratch_gates, int64_t bare, S* peephole_sums) const {
     const int64_t b = tile.b;
     const S* before = this->cell_before(t, b, m);
     const S* after = this->cell_plane(t + 1, b, m);
@@ -825,7 +837,7 @@ struct Backward : Common<S, N> {
       dc *= f;
       if (p.peephole) {
         dc += this->peephole(0, m, pixel, count) * di + this->peephole(1, m, pixel, count) * df;
-        if (p.dpeephole) add_peephole(m, pixel, count, di * c, df * c, d_o * new_c, group);
+        if (p.dpeephole) add_peephole(m, pixel, count, di * c, df * c, d_o * new_c, peephole_sums);
       }
       store_first<S>(dc_plane + pixel, dc, count);
       store_first<S>(dgate_plane(t, b, m) + pixel, di, count);
@@ -836,14 +848,14 @@ struct Backward : Common<S, N> {
   }
 
   void add_peephole(int64_t m, int64_t pixel, int64_t count, Vec<S> di, Vec<S> df, Vec<S> d_o,
-                    S* group) const {
+                    S* peephole_sums) const {
     const Vec<S> terms[3] = {di, df, d_o};
     for (int row = 0; row < 3; ++row) {
       if (p.full_peephole) {  // the group owns these pixels
         S* to = static_cast<S*>(p.dpeephole) + (row * p.hidden + m) * this->pixels + pixel;
         store_first<S>(to, load_first<S>(to, count) + terms[row], count);
       } else {
-        S* to = group + group_sums<S>(p) - 3 * p.hidden * kN + (row * p.hidden + m) * kN;
+        S* to = peephole_sums + (row * p.hidden + m) * kN;
         const Vec<S> kept = count >= kN ? terms[row] : keep_first(terms[row], int(count), S(0));
         store(to, load(to) + kept);
       }
@@ -856,7 +868,7 @@ struct Backward : Common<S, N> {
     const int64_t tile_pixels = tile.rows * tile.columns;
     for (int64_t first = 0; first < lanes; first += kN) {
       S* panel = transposed + first / panel_lanes * panel_lanes * tile_pixels + first % panel_lanes;
-      Vec<S> sum = load(bias_sums + first);
+      Vec<S> sum = {};
       for (int64_t y = 0; y < tile.rows; ++y)
         for (int64_t x = 0; x < tile.columns; x += kN) {
           const int64_t count = smaller(kN, tile.columns - x);
@@ -881,7 +893,7 @@ struct Backward : Common<S, N> {
             }
           }
         }
-      store(bias_sums + first, sum);
+      store(bias_sums + first, load(bias_sums + first) + sum);
     }
   }
 
