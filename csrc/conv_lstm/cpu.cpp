@@ -189,12 +189,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                               state, &p.dpeephole);
   if (p.dpeephole) torch::stable::zero_(dpeephole);
 
-  Tensor dgates = torch::stable::new_empty(x, {t > 1 ? 2 : 1, b, 4 * m, height, width}, state);
+  // Two tensors, not one of twice the size: large blocks are fresh pages at every call.
+  const int64_t dgates_elements = kernel.dgates_elements(p);
+  Tensor even = torch::stable::new_empty(x, {dgates_elements}, state);
+  Tensor odd = torch::stable::new_empty(x, {t > 1 ? dgates_elements : 0}, state);
   Tensor weights = torch::stable::new_empty(x, {p.gates ? 0 : kernel.forward_weights(p)}, state);
   Tensor back_weights = torch::stable::new_empty(x, {kernel.backward_weights(p)}, state);
   p.groups = kernel.groups(p);
   Tensor sums = torch::stable::new_zeros(x, {p.groups * kernel.group_sums(p)}, state);
-  p.dgates = dgates.data_ptr(), p.weights = weights.data_ptr(), p.sums = sums.data_ptr();
+  p.dgates[0] = even.data_ptr(), p.dgates[1] = odd.data_ptr();
+  p.weights = weights.data_ptr(), p.sums = sums.data_ptr();
   p.backward_weights = back_weights.data_ptr();
   kernel.backward(p, on_each_thread);
   return {dx, dh, dc, dweight_ih, dweight_hh, dbias, dpeephole};

@@ -137,29 +137,36 @@ VSOD_INLINE Vec<float> absolute(Vec<float> x) {
   return Vec<float>(Vec<int32_t>(x) & 0x7fffffff);
 }
 
-VSOD_INLINE Vec<float> sigmoid(Vec<float> x) {
+// A value as a quotient, not divided yet: products of quotients need one division.
+template <class S>
+struct Quotient {
+  Vec<S> over, under;
+  VSOD_INLINE Vec<S> value() const { return over / under; }
+};
+
+VSOD_INLINE Quotient<float> sigmoid(Vec<float> x) {
   const ExpParts e = exp_parts(-absolute(x));
   const Vec<float> power = e.scale * e.part + e.scale;
-  return (x < 0.0f ? power : broadcast(1.0f)) / (1.0f + power);
+  return {x < 0.0f ? power : broadcast(1.0f), 1.0f + power};
 }
 
-VSOD_INLINE Vec<float> tanh_of(Vec<float> x) {
+VSOD_INLINE Quotient<float> tanh_of(Vec<float> x) {
   // -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x: exact near zero.
   const ExpParts e = exp_parts(absolute(x) * -2.0f);
   const Vec<float> expm1 = e.scale * e.part + (e.scale - 1.0f);
-  const Vec<float> size = -expm1 / (2.0f + expm1);
-  return Vec<float>(Vec<int32_t>(size) | (Vec<int32_t>(x) & int32_t(0x80000000)));
+  const Vec<int32_t> sign = Vec<int32_t>(x) & int32_t(0x80000000);
+  return {Vec<float>(Vec<int32_t>(-expm1) | sign), 2.0f + expm1};
 }
 
-VSOD_INLINE Vec<double> sigmoid(Vec<double> x) {
+VSOD_INLINE Quotient<double> sigmoid(Vec<double> x) {
   Vec<double> y = {};
   for (int i = 0; i < kLanes<double>; ++i) y[i] = 1 / (1 + ::exp(-x[i]));
-  return y;
+  return {y, broadcast(1.0)};
 }
-VSOD_INLINE Vec<double> tanh_of(Vec<double> x) {
+VSOD_INLINE Quotient<double> tanh_of(Vec<double> x) {
   Vec<double> y = {};
   for (int i = 0; i < kLanes<double>; ++i) y[i] = ::tanh(x[i]);
-  return y;
+  return {y, broadcast(1.0)};
 }
 
 // ------------------------------------------------------------------ register tiles
@@ -557,13 +564,16 @@ struct Forward : Common<S, N> {
         i += this->peephole(0, m, pixel, count) * c;
         f += this->peephole(1, m, pixel, count) * c;
       }
-      i = sigmoid(i), f = sigmoid(f), g = tanh_of(g);
-      const Vec<S> new_c = f * c + i * g;
+      const Quotient<S> q_i = sigmoid(i), q_f = sigmoid(f), q_g = tanh_of(g);
+      const Vec<S> under = q_i.under * q_g.under;
+      const Vec<S> new_c = (q_f.over * c * under + q_i.over * q_g.over * q_f.under) /
+                           (under * q_f.under);
       if (p.peephole) o += this->peephole(2, m, pixel, count) * new_c;
-      o = sigmoid(o);
+      const Quotient<S> q_o = sigmoid(o), q_c = tanh_of(new_c);
       store_first<S>(cell + pixel, new_c, count);
-      store_first<S>(out + pixel, o * tanh_of(new_c), count);
+      store_first<S>(out + pixel, q_o.over * q_c.over / (q_o.under * q_c.under), count);
       if (p.gates) {
+        i = q_i.value(), f = q_f.value(), g = q_g.value(), o = q_o.value();
         store_first<S>(this->gate_plane(t, b, 0, m) + pixel, i, count);
         store_first<S>(this->gate_plane(t, b, 1, m) + pixel, f, count);
         store_first<S>(this->gate_plane(t, b, 2, m) + pixel, g, count);
@@ -612,10 +622,22 @@ int64_t backward_weights(const Problem& p) {
   return outputs * 4 * p.hidden * p.kernel * p.kernel;
 }
 
+// Not a multiple of 4096 bytes: planes of images of a power-of-two size share one cache set.
+template <class S>
+int64_t dgates_plane(const Problem& p) {
+  return round_up(p.height * p.width, kLanes<S>) + 5 * kLanes<S>;
+}
+
+template <class S>
+int64_t dgates_elements(const Problem& p) {
+  return p.batch * 4 * p.hidden * dgates_plane<S>(p);
+}
+
 template <class S>
 Tiling<S> backward_tiling(const Problem& p) {
   const int64_t inputs = p.channels + p.hidden, gates = 4 * p.hidden;
-  return Tiling<S>(p, larger(inputs, gates), p.gates ? gates : 2 * gates);
+  return Tiling<S>(p, p.gates ? larger(inputs, gates) : inputs + gates,
+                   p.gates ? gates : 2 * gates);
 }
 
 template <class S>
@@ -664,7 +686,7 @@ struct Backward : Common<S, N> {
   }
 
   S* dgate_plane(int64_t step, int64_t b, int64_t g) const {
-    return static_cast<S*>(p.dgates) + (((step & 1) * p.batch + b) * gates + g) * this->pixels;
+    return static_cast<S*>(p.dgates[step & 1]) + (b * gates + g) * dgates_plane<S>(p);
   }
 
   struct Places {
@@ -674,7 +696,9 @@ struct Backward : Common<S, N> {
   // Step t: dx[t + 1] and dh[t] from dgates[t + 1]; dgates[t], dc; weight gradients of step t.
   // Step -1: dx[0] and the gradient of the initial h.
   void run(const Tile& tile, S* group) {
-    const int64_t packed_planes = larger(p.channels + p.hidden, gates);
+    // Planes of x and h are packed once where they are needed before and after those of dgates.
+    const int64_t inputs = p.channels + p.hidden;
+    const int64_t packed_planes = p.gates ? larger(inputs, gates) : inputs + gates;
     const int64_t vectors = ceil_div(tiling.columns, kN);
     const int64_t bare = tiling.rows * vectors * kN;
     const int64_t peephole_sums = sum_peephole ? 3 * p.hidden * kN : 0;
@@ -686,6 +710,7 @@ struct Backward : Common<S, N> {
     Scratch scratch(thread_scratch(bytes));
     Places at;
     at.packed = scratch.piece<S>(counts[0]);
+    S* packed_dgates = at.packed + (p.gates ? 0 : inputs * tiling.plane);
     at.transposed = scratch.piece<S>(counts[1]);
     at.scratch_gates = scratch.piece<S>(counts[2]);
     at.sums = scratch.piece<S>(counts[3]);
@@ -702,7 +727,7 @@ struct Backward : Common<S, N> {
     if (!last)
       for (int64_t g = 0; g < gates; ++g)
         pack_plane(p, tiling, tile, dgate_plane(t + 1, tile.b, g), p.width, 1,
-                   at.packed + g * tiling.plane);
+                   packed_dgates + g * tiling.plane);
     const int64_t per_block = gates * taps.count * kOutputs;
     const int64_t end_block = hidden_blocks + (p.dx && !last ? channel_blocks : 0);
     for (int64_t block = t < 0 && !p.dh ? hidden_blocks : 0; block < end_block; ++block) {
@@ -715,7 +740,8 @@ struct Backward : Common<S, N> {
           const int64_t first = blocks.first(i), width = blocks.first(i + 1) - first;
           const int64_t column = first * kN, count = tile.columns - column;
           const int64_t pixel = (tile.y + y) * p.width + tile.x + column;
-          const S* in = at.packed + (y + tiling.reach) * tiling.pitch + tiling.margin + column;
+          const S* in =
+              packed_dgates + (y + tiling.reach) * tiling.pitch + tiling.margin + column;
           if (!last)
             conv<S>(int(width), in, tiling.plane, gates, flipped.offsets, taps.count, weights,
                     at.sums);
@@ -743,7 +769,7 @@ struct Backward : Common<S, N> {
     if (!need_sums) return;
     transpose_dgates(tile, at.transposed, group);
     if (!need_weights) return;
-    planes = this->pack_inputs(tiling, tile, t, at.packed);
+    if (p.gates) planes = this->pack_inputs(tiling, tile, t, at.packed);
     weight_gradients(tile, planes, at, group);
   }
 
@@ -782,10 +808,10 @@ struct Backward : Common<S, N> {
               gate[3] += this->peephole(2, m, pixel, count) * load_first<S>(after + pixel, count);
             }
             S* to = at.scratch_gates + m * bare + y * stride + column;
-            store(to, sigmoid(gate[0]));
-            store(to + p.hidden * bare, sigmoid(gate[1]));
-            store(to + 2 * p.hidden * bare, tanh_of(gate[2]));
-            store(to + 3 * p.hidden * bare, sigmoid(gate[3]));
+            store(to, sigmoid(gate[0]).value());
+            store(to + p.hidden * bare, sigmoid(gate[1]).value());
+            store(to + 2 * p.hidden * bare, tanh_of(gate[2]).value());
+            store(to + 3 * p.hidden * bare, sigmoid(gate[3]).value());
           }
         }
     }
@@ -827,7 +853,7 @@ struct Backward : Common<S, N> {
             dh[k] += S(widen(grad_row[(v * kN + k) * grad.x]));
         }
       }
-      const Vec<S> tanh_c = tanh_of(new_c);
+      const Vec<S> tanh_c = tanh_of(new_c).value();
       const Vec<S> d_o = dh * tanh_c * o * (S(1) - o);
       Vec<S> dc = load_first<S>(dc_plane + pixel, count) + dh * o * (S(1) - tanh_c * tanh_c);
       if (p.peephole) dc += this->peephole(2, m, pixel, count) * d_o;
@@ -995,15 +1021,15 @@ template <class S>
 void activate(const void* x, void* sigmoids, void* tanhs, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<S>) {
     const Vec<S> v = load_first<S>(static_cast<const S*>(x) + i, count - i);
-    store_first<S>(static_cast<S*>(sigmoids) + i, sigmoid(v), count - i);
-    store_first<S>(static_cast<S*>(tanhs) + i, tanh_of(v), count - i);
+    store_first<S>(static_cast<S*>(sigmoids) + i, sigmoid(v).value(), count - i);
+    store_first<S>(static_cast<S*>(tanhs) + i, tanh_of(v).value(), count - i);
   }
 }
 
 template <class S, class N>
 constexpr Kernel kernel() {
-  return {forward_weights<S>, backward_weights<S>, group_sums<S>,  groups<S>,
-          forward<S, N>,      backward<S, N>,      activate<S>};
+  return {forward_weights<S>, backward_weights<S>, dgates_elements<S>, group_sums<S>,
+          groups<S>,          forward<S, N>,       backward<S, N>,     activate<S>};
 }
 
 }  // namespace

@@ -63,6 +63,19 @@ conv_lstm = torch.ops.vsod_ops.conv_lstm.default
 _conv_lstm_backward = torch.ops.vsod_ops.conv_lstm_backward.default
 
 
+# Up to this many planes C + M, computing the gates again costs a CPU no more than writing them to
+# fresh memory and reading them back (docs/conv_lstm.md).
+_CPU_RECOMPUTES_UP_TO = 24
+
+
+def what_to_save(x: Tensor, hidden: int, recompute: bool, backend: str | None) -> int:
+    """What a forward that needs a backward keeps."""
+    on_cpu = x.device.type == "cpu" and backend in (None, "cpu")
+    if recompute or (on_cpu and x.shape[2] + hidden <= _CPU_RECOMPUTES_UP_TO):
+        return SAVE_CELLS
+    return SAVE_GATES
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the cell state beside tensors of `dtype`."""
     return torch.float32 if dtype.itemsize == 2 else dtype
