@@ -77,7 +77,7 @@ def cuda_architectures(nvcc: Path) -> list[str]:
     for i, name in enumerate(names):
         if not (match := re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", name)):
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST: {name!r} is no architecture; write for example 9.0 or 9.0+PTX"
+                f"TORCH_CUDA_ARCH_LIST: {name!r} is no architecture; it takes 9.0 or 9.0+PTX"
             )
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
