@@ -10,6 +10,7 @@ from . import BadInput
 # A command is a module of this package with `add_arguments(parser)` and `run(args) -> exit code`.
 COMMANDS = {
     "attention": "speed and peak memory of shunted_attention against every alternative",
+    "conv_lstm": "speed and peak memory of conv_lstm against every way to write it in torch",
     "report": "rewrite the result tables of README.md from benchmarks/results/",
 }
 EXTRA_PACKAGES = ("av", "matplotlib", "rich", "torchvision")  # of the extra `bench`
