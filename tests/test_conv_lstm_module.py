@@ -191,7 +191,8 @@ def test_converges_like_the_reference():
     torch.manual_seed(3)
     x, target = torch.rand(2, 4, 1, 8, 9), torch.rand(2, 8, 9)
     losses = []
-    first = nn.ModuleDict({"lstm": ConvLSTM(1, 4, 3, peephole="channel"), "head": nn.Conv2d(4, 1, 1)})
+    lstm = ConvLSTM(1, 4, 3, peephole="channel")
+    first = nn.ModuleDict({"lstm": lstm, "head": nn.Conv2d(4, 1, 1)})
     second = copy.deepcopy(first)
     second["lstm"].backend = "reference"
     for model in (first, second):
