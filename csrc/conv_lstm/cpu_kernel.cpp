@@ -43,7 +43,7 @@ constexpr int kWeightRows = 8;               // planes in one weight_block
 constexpr int64_t kTileBytes = 448 * 1024;   // scratch of one task: fits a 1 MB L2 with its streams
 constexpr int64_t kDepthPixels = 256;        // pixels of one weight_block: its operands fit L1
 constexpr int64_t kSumBytes = 8 << 20;       // of all groups together
-constexpr int64_t kMostGroups = 64, kFewestGroups = 8;
+constexpr int64_t kMostGroups = 64, kFewestGroups = 4;
 
 VSOD_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
