@@ -27,7 +27,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CPU_OPS = ["dense_crf", "shunted_attention"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
+CPU_OPS = ["shunted_attention", "conv_lstm", "dense_crf"]  # csrc/<op>/{cpu,cpu_kernel}.cpp
 CUDA_OPS: list[str] = []  # csrc/<op>/cuda.cu
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest that a build runs with

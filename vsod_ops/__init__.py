@@ -1,7 +1,15 @@
 """Fused torch operators for video salient object detection."""
 
+from .conv_lstm import ConvLSTM, conv_lstm, conv_lstm_cell
 from .dense_crf import dense_crf
 from .shunted_attention import ShuntedAttention, shunted_attention
 
-__all__ = ["ShuntedAttention", "dense_crf", "shunted_attention"]
+__all__ = [
+    "ConvLSTM",
+    "ShuntedAttention",
+    "conv_lstm",
+    "conv_lstm_cell",
+    "dense_crf",
+    "shunted_attention",
+]
 __version__ = "0.1.0"

@@ -8,12 +8,14 @@ import platform
 import torch
 
 from . import __version__, backends
+from .conv_lstm import op as conv_lstm_op
 from .dense_crf import op as dense_crf_op
 from .shunted_attention import op as shunted_attention_op
 
 OPS = {
-    "dense_crf": dense_crf_op.SUPPORT,
     "shunted_attention": shunted_attention_op.SUPPORT,
+    "conv_lstm": conv_lstm_op.SUPPORT,
+    "dense_crf": dense_crf_op.SUPPORT,
 }
 
 

@@ -1,0 +1,180 @@
+"""The torch op: schema, choice of backend, fake kernel, autograd.
+
+The op itself is a small Python kernel that picks a backend at run time, so that the choice is
+never baked into a traced graph.
+
+The contract between forward and backward, which every backend keeps.  N is x's dtype, S the dtype
+of the cell state (float32 for 16-bit N, else N).  All results are contiguous.
+
+    forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save)
+      x (B, T, C, H, W) N, T >= 1, any strides; h (B, M, H, W) N or None; c (B, M, H, W) S or None
+      (zeros); weights, bias, peepholes N.  All but x contiguous.
+      -> out    (B, T, M, H, W) N    h_1 .. h_T; the recurrence reads h as rounded here
+         c_last (B, M, H, W) S       c_T
+         cells  (B, T-1, M, H, W) S  c_1 .. c_{T-1};  (0,) with SAVE_NOTHING
+         gates  (B, T, 4M, H, W) N   after sigmoid and tanh; (0,) unless SAVE_GATES.  A backend is
+                                     free in how it orders this memory: only its own backward
+                                     reads it.
+    backward(grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
+             out, c_last, cells, gates, dilation, needs)
+      grad_out N, any strides, or None; grad_c S, contiguous, or None (zeros); gates (0,) where
+      they are to be computed again; needs: seven bools, one a gradient.
+      -> dx, dh, dc, dweight_ih, dweight_hh, dbias, dweight_peephole, each shaped like and in the
+         dtype of its tensor, (0,) where not needed.  dweight_* sum over B, T, H and W in S and
+         are rounded once.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import reference
+
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+SUPPORT: backends.Support = {
+    "cpu": _FLOATS | {torch.float64},
+    "reference": _FLOATS | {torch.float64},
+}
+
+SAVE_NOTHING, SAVE_CELLS, SAVE_GATES = 0, 1, 2  # what forward keeps for the backward
+
+_INPUTS = (
+    "Tensor x, Tensor? h, Tensor? c, Tensor weight_ih, Tensor weight_hh, Tensor? bias, "
+    "Tensor? weight_peephole"
+)
+_FORWARD = (
+    f"({_INPUTS}, int dilation, int save{{}}) "
+    "-> (Tensor out, Tensor c_last, Tensor cells, Tensor gates)"
+)
+_BACKWARD = (
+    f"(Tensor? grad_out, Tensor? grad_c, {_INPUTS}, Tensor out, Tensor c_last, Tensor cells, "
+    "Tensor gates, int dilation, bool[] needs{}) -> (Tensor dx, Tensor dh, Tensor dc, "
+    "Tensor dweight_ih, Tensor dweight_hh, Tensor dbias, Tensor dweight_peephole)"
+)
+_lib = torch.library.Library("vsod_ops", "FRAGMENT")
+_lib.define("conv_lstm" + _FORWARD.format(", str? backend"))
+_lib.define("conv_lstm_backward" + _BACKWARD.format(", str? backend"))
+_lib.define("conv_lstm_cpu" + _FORWARD.format(""))  # csrc/conv_lstm/cpu.cpp
+_lib.define("conv_lstm_backward_cpu" + _BACKWARD.format(""))
+_lib.define("conv_lstm_activate_cpu(Tensor x) -> (Tensor sigmoid, Tensor tanh)")  # for tests
+
+conv_lstm = torch.ops.vsod_ops.conv_lstm.default
+_conv_lstm_backward = torch.ops.vsod_ops.conv_lstm_backward.default
+
+
+# Up to this many planes C + M, computing the gates again costs a CPU no more than writing them to
+# fresh memory and reading them back (docs/conv_lstm.md).
+_CPU_RECOMPUTES_UP_TO = 24
+
+
+def what_to_save(x: Tensor, hidden: int, recompute: bool, backend: str | None) -> int:
+    """What a forward that needs a backward keeps."""
+    on_cpu = x.device.type == "cpu" and backend in (None, "cpu")
+    if recompute or (on_cpu and x.shape[2] + hidden <= _CPU_RECOMPUTES_UP_TO):
+        return SAVE_CELLS
+    return SAVE_GATES
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the cell state beside tensors of `dtype`."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def _choose(backend, x):
+    return backends.choose("conv_lstm", SUPPORT, backend, x.device.type, x.dtype)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
+    chosen = _choose(backend, x)
+    inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
+    if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
+        return _fake_forward(*inputs, dilation, save, backend)
+    if chosen == "cpu":
+        return torch.ops.vsod_ops.conv_lstm_cpu(*inputs, dilation, save)
+    return reference.forward(*inputs, dilation, save)
+
+
+def _backward(
+    grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
+    out, c_last, cells, gates, dilation, needs, backend,
+):  # fmt: skip
+    chosen = _choose(backend, x)
+    inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
+    kept = _contiguous(out, c_last, cells, gates)
+    grads = (grad_out, *_contiguous(grad_c))
+    if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
+        empty = _fake_backward(*grads, *inputs, *kept, dilation, needs, backend)
+        return tuple(t.zero_() for t in empty)
+    if chosen == "cpu":
+        wide = torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
+        return tuple(
+            g.to(t.dtype) if need else x.new_empty(0)
+            for g, t, need in zip(wide, inputs, needs, strict=True)
+        )
+    return reference.backward(*grads, *inputs, *kept, dilation, needs)
+
+
+def _fake_forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
+    batch, steps, _, height, width = x.shape
+    hidden = weight_hh.shape[1]
+    dtype = state_dtype(x.dtype)
+    return (
+        x.new_empty((batch, steps, hidden, height, width)),
+        x.new_empty((batch, hidden, height, width), dtype=dtype),
+        x.new_empty(
+            (batch, steps - 1, hidden, height, width) if save >= SAVE_CELLS else (0,), dtype=dtype
+        ),
+        x.new_empty((batch, steps, 4 * hidden, height, width) if save == SAVE_GATES else (0,)),
+    )
+
+
+def _fake_backward(
+    grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
+    out, c_last, cells, gates, dilation, needs, backend,
+):  # fmt: skip
+    tensors = (x, h, c, weight_ih, weight_hh, bias, weight_peephole)
+    return tuple(
+        t.new_empty(t.shape) if need else (x if t is None else t).new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.dilation, _, ctx.backend = inputs
+    out, c_last, cells, gates = output
+    ctx.mark_non_differentiable(cells, gates)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, out, c_last, cells, gates)
+
+
+def _autograd(ctx, grad_out, grad_c, _grad_cells, _grad_gates):
+    *tensors, out, c_last, cells, gates = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:7])
+    if cells.dim() == 1:  # the op was called with SAVE_NOTHING
+        cells = conv_lstm(*tensors, ctx.dilation, SAVE_CELLS, ctx.backend)[2]
+    grads = _conv_lstm_backward(
+        grad_out, grad_c, *tensors, out, c_last, cells, gates, ctx.dilation, needs, ctx.backend
+    )
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+
+
+def _double_backward(ctx, *grads):
+    raise NotImplementedError("conv_lstm is differentiable once; there is no double backward")
+
+
+for _name, _kernel, _fake in (
+    ("conv_lstm", _forward, _fake_forward),
+    ("conv_lstm_backward", _backward, _fake_backward),
+):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"vsod_ops::{_name}", _fake, lib=_lib)
+torch.library.register_autograd(
+    "vsod_ops::conv_lstm", _autograd, setup_context=_setup_context, lib=_lib
+)
+torch.library.register_autograd("vsod_ops::conv_lstm_backward", _double_backward, lib=_lib)
