@@ -32,7 +32,7 @@ from . import reference
 
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
-SUPPORT: backends.Support = {"reference": _FLOATS | {torch.float64}}
+SUPPORT: backends.Support = {"triton": _FLOATS, "reference": _FLOATS | {torch.float64}}
 
 SAVE_NOTHING, SAVE_CELLS, SAVE_GATES = 0, 1, 2  # what forward keeps for the backward
 
@@ -81,6 +81,10 @@ def _forward(
         return _fake_forward(*inputs, dilation, save, backend)
     if chosen == "cpu":
         return torch.ops.vsod_ops.conv_lstm_cpu(*inputs, dilation, save)
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.forward(*inputs, dilation, save)
     return reference.forward(*inputs, dilation, save)
 
 
@@ -97,6 +101,10 @@ def _backward(
         return tuple(t.zero_() for t in empty)
     if chosen == "cpu":
         return torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.backward(*grads, *inputs, *kept, dilation, needs)
     return reference.backward(*grads, *inputs, *kept, dilation, needs)
 
 

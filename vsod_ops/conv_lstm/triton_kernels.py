@@ -29,8 +29,9 @@ holds several steps comes with (its number of steps, which one).  A pointer may 
 
 import contextlib
 import functools
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -110,21 +111,19 @@ def _planes(o_frame, steps, step, o_p, o_m, n_channels, area):
 
 @triton.jit
 def _taps(
-    b_acc, p_x, o_x_row, x_depth, p_h, o_h_row, h_depth, p_weight, o_n, o_y, o_x, m_p, height,
-    width, dilation, K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    b_acc, p_x, o_x_row, x_depth, p_h, o_h_row, h_depth, p_weight, s_weight, o_n, o_y, o_x,
+    m_p, height, width, dilation, K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """b_acc + the convolutions of x (rows of x_depth channels) and h, if given, in one loop.
 
-    p_weight is (rows, K * K * x_depth + K * K * h_depth).  A negative dilation gives the
-    transposed convolution.
+    Rows of weights, s_weight apart, are (K * K, x_depth), then (K * K, h_depth).  A negative
+    dilation gives the transposed convolution.
     """
     x_blocks = K * K * tl.cdiv(x_depth, BK)
     n_blocks = x_blocks
-    s_weight = K * K * x_depth
     if p_h is not None:
         n_blocks += K * K * tl.cdiv(h_depth, BK)
-        s_weight += K * K * h_depth
     o_weight = o_n * s_weight
     for i in tl.range(0, n_blocks):
         p_rows, o_row, depth, o_tap, block = p_x, o_x_row, x_depth, 0, i
@@ -162,15 +161,12 @@ def _peephole(p_peephole, row, o_p, o_m, m_tile, hidden, area, FULL: tl.constexp
     return b_weight.to(tl.float32)
 
 
-@triton.constexpr_function
-def _parts(channels):
-    """How many parts of a tile go through the pointwise part one by one, which spills less."""
-    return 2 if channels >= 64 else 1
-
-
 @triton.jit
 def _split(b_tile, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
-    """A tile's parts of PART columns; nothing moves."""
+    """A tile's parts, PART columns each; nothing moves.
+
+    The pointwise work is done part by part: all of a wide tile at once would spill.
+    """
     if PARTS == 1:
         b_parts = (b_tile,)
     else:
@@ -239,7 +235,7 @@ def conv_lstm_fwd_kernel(
     p_x,  # (B, steps, H, W, CP)
     p_h,  # (B, h_steps, H, W, MP), h_{t-1}; None for zeros
     p_c,  # (B, c_steps, M, H, W), c_{t-1}; None for zeros
-    p_weight,  # (MP / 8, 4, 8, K * K * CP + K * K * MP), or without the part for h
+    p_weight,  # (MP / 8, 4, 8, K * K * CP + K * K * MP)
     p_bias,  # (4, M) or None
     p_peephole,  # (3, M), (3, M, H, W) or None
     p_out,  # (B, steps, M, H, W), h_t; None to compute the gates only
@@ -278,10 +274,10 @@ def conv_lstm_fwd_kernel(
     o_n = (tl.program_id(1) * (4 * BM) + tl.arange(0, 4 * BM)) % (4 * MP)
     b_acc = _taps(
         tl.zeros([BP, 4 * BM], tl.float32), p_x, (o_frame * steps + step) * area + o_p, CP,
-        p_h, (o_frame * h_steps + h_step) * area + o_p, MP, p_weight, o_n, o_y, o_x, m_p, height,
-        width, dilation, K, BK, PRECISION, INTERPRET,
+        p_h, (o_frame * h_steps + h_step) * area + o_p, MP, p_weight, K * K * (CP + MP),
+        o_n, o_y, o_x, m_p, height, width, dilation, K, BK, PRECISION, INTERPRET,
     )  # fmt: skip
-    PARTS: tl.constexpr = _parts(BM)
+    PARTS: tl.constexpr = 2 if BM >= 64 else 1
     PART: tl.constexpr = BM // PARTS
     b_parts = _split(b_acc, BP, 4 * PART, PARTS)
     for part in tl.static_range(PARTS):
@@ -303,8 +299,9 @@ def _bwd_tail(
     """Gate gradients from what h_t receives through the next step, b_dh [BP, BM]."""
     m_m = (o_m < hidden)[None, :]
     m_tile = m_p[:, None] & m_m
+    b_dh = tl.where(m_tile, b_dh, 0.0)  # so that all that is written for padding is 0
     if p_grad is not None:
-        o_grad = o_frame.to(tl.int64) * s_grad_b + (o_frame * 0 + step).to(tl.int64) * s_grad_t
+        o_grad = o_frame.to(tl.int64) * s_grad_b + tl.cast(step, tl.int64) * s_grad_t
         o_grad += o_y.to(tl.int64) * s_grad_y + o_x.to(tl.int64) * s_grad_x
         o_grad = o_grad[:, None] + (o_m.to(tl.int64) * s_grad_m)[None, :]
         b_dh += tl.load(p_grad + o_grad, mask=m_tile, other=0.0).to(tl.float32)
@@ -337,7 +334,6 @@ def _bwd_tail(
         b_dc += _peephole(p_peephole, 1, o_p, o_m, m_tile, hidden, area, FULL) * b_df
     tl.store(p_dc_new + o_c, b_dc, mask=m_tile)
 
-    # The channels that pad M are 0, as all that they come from was loaded as 0.
     o_row = ((o_frame * steps + step) * area + o_p).to(tl.int64) * (4 * MP)
     p_row = p_dsums + o_row[:, None] + o_m[None, :]
     m_row = m_p[:, None] & (o_m < MP)[None, :]
@@ -393,10 +389,10 @@ def conv_lstm_bwd_kernel(
         o_n = (tl.program_id(1) * BM + tl.arange(0, BM)) % hidden
         o_row = (o_frame * steps + step + 1) * area + o_p
         b_dh = _taps(
-            b_dh, p_dsums, o_row, 4 * MP, None, o_row, 0, p_weight, o_n, o_y, o_x, m_p, height,
-            width, -dilation, K, BK, PRECISION, INTERPRET,
+            b_dh, p_dsums, o_row, 4 * MP, None, o_row, 0, p_weight, K * K * 4 * MP, o_n,
+            o_y, o_x, m_p, height, width, -dilation, K, BK, PRECISION, INTERPRET,
         )  # fmt: skip
-    PARTS: tl.constexpr = _parts(BM)
+    PARTS: tl.constexpr = 2 if BM >= 64 else 1
     PART: tl.constexpr = BM // PARTS
     b_parts = _split(b_dh, BP, PART, PARTS)
     for part in tl.static_range(PARTS):
@@ -435,7 +431,7 @@ def conv_lstm_bwd_input_kernel(
     o_row = o_frame * steps * area + o_p
     b_grad = _taps(
         tl.zeros([BP, BM], tl.float32), p_dsums, o_row, 4 * MP, None, o_row, 0, p_weight,
-        o_m % n_channels, o_y, o_x, m_p, height, width, -dilation, K, BK, PRECISION, INTERPRET,
+        K * K * 4 * MP, o_m % n_channels, o_y, o_x, m_p, height, width, -dilation, K, BK, PRECISION, INTERPRET,
     )  # fmt: skip
     o_grad = _planes(o_frame, 1, 0, o_p, o_m, n_channels, area)
     tl.store(p_grad + o_grad, b_grad, mask=m_p[:, None] & (o_m < n_channels)[None, :])
@@ -531,8 +527,9 @@ def conv_lstm_bwd_sums_kernel(
     b_f, b_g, b_o, b_pi, b_pf, b_po = b_i, b_i, b_i, b_i, b_i, b_i
     frames = tl.cdiv(n_frames, tl.num_programs(2))
     first = tl.program_id(2) * frames
-    for frame in tl.range(first, tl.minimum(first + frames, n_frames)):
-        o_row = (frame.to(tl.int64) * area + o_p) * (4 * MP)
+    for i in tl.range(first, tl.minimum(first + frames, n_frames)):
+        frame = tl.cast(i, tl.int64)
+        o_row = (frame * area + o_p) * (4 * MP)
         p_row = p_dsums + o_row[:, None] + o_m[None, :]
         b_di = tl.load(p_row, mask=m_row, other=0.0).to(tl.float32)  # [BP, BM]
         b_df = tl.load(p_row + MP, mask=m_row, other=0.0).to(tl.float32)
@@ -544,16 +541,17 @@ def conv_lstm_bwd_sums_kernel(
         if PEEPHOLE:
             b = frame // steps
             t = frame % steps
-            s_cells = b.to(tl.int64) * (steps - 1) + t
+            s_cells = b * (steps - 1) + t
             p_new = tl.where(t == steps - 1, p_c_last, p_cells)
             o_new = tl.where(t == steps - 1, b, s_cells) * hidden * area
             b_po += b_do * tl.load(p_new + o_new + o_c, mask=m_c, other=0.0)
-            p_before = p_cells
             if p_c is not None:
                 p_before = tl.where(t == 0, p_c, p_cells)
-                m_before = m_c
+                n_before = hidden
             else:
-                m_before = m_c & (t > 0)
+                p_before = p_cells
+                n_before = tl.where(t == 0, 0, hidden)
+            m_before = m_p & (o_m < n_before)[None, :]
             o_before = tl.where(t == 0, b, s_cells - 1) * hidden * area
             b_c = tl.load(p_before + o_before + o_c, mask=m_before, other=0.0)
             b_pi += b_di * b_c
@@ -609,3 +607,412 @@ def conv_lstm_pack_kernel(
     b_tile = tl.load(p_planes + o_plane, mask=m_p & (o_c < n_channels)[None, :], other=0.0)
     o_row = (b * s_row_b + t * s_row_t + o_p) * depth
     tl.store(p_rows + o_row[:, None] + o_c[None, :], b_tile, mask=m_p & (o_c < depth)[None, :])
+
+
+class _Tile(NamedTuple):
+    pixels: int
+    channels: int  # of every gate in the forward kernel; gate rows in the weight kernel
+    depth: int  # of a block of the product; columns in the weight kernel
+    warps: int
+    stages: int
+
+
+# (kernel, architecture, product) -> tiles worth timing, largest first.  All compile without spills
+# for their architecture: tests/test_conv_lstm_triton.py.
+_TILES: dict[tuple[str, str, str], list[_Tile]] = {
+    ("forward", "hopper", "half"): [_Tile(128, 64, 64, 8, 3), _Tile(128, 32, 64, 4, 3)],
+}
+
+
+class _Device(NamedTuple):
+    major: int
+    workers: int  # multiprocessors
+    shared: int  # bytes of shared memory that a program may have
+
+
+@functools.cache
+def _device(index: int | None) -> _Device:
+    if index is None:
+        return _Device(9, 132, 232448)  # for the interpreter
+    properties = torch.cuda.get_device_properties(index)
+    return _Device(
+        properties.major,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+_INTERPRET = bool(triton.knobs.runtime.interpret)
+_INTERPRETER_TILES = {
+    "forward": _Tile(32, 16, 32, 4, 1),
+    "backward": _Tile(32, 16, 64, 4, 1),
+    "weight": _Tile(16, 32, 32, 4, 1),
+}
+# For the step of the backward that has no product.
+_POINTWISE_TILE = _Tile(64, 32, 16, 4, 1)
+# Per shape class: tile -> milliseconds a unit of its span.
+_rates: dict[tuple, dict[_Tile, float]] = {}
+_tuning = threading.Lock()
+
+
+def admitted_tiles(kind: str, device: _Device, dtype: torch.dtype, precision: str) -> list[_Tile]:
+    """The tiles worth timing for "forward", "backward" or "weight" on a device."""
+    architecture, product = "any", precision
+    if dtype != torch.float32:
+        architecture = {9: "hopper", 10: "blackwell"}.get(device.major, "ampere")
+        product = "half"
+    tiles = _TILES[kind, architecture, product]
+
+    def bytes_in_flight(tile: _Tile) -> int:
+        if kind == "weight":
+            block = tile.pixels * (tile.channels + tile.depth)
+        else:
+            block = tile.depth * (tile.pixels + tile.channels * (4 if kind == "forward" else 1))
+        return tile.stages * block * dtype.itemsize
+
+    # Consumer chips have 99 kB of shared memory where others have 163 or 227.
+    return [t for t in tiles if bytes_in_flight(t) < device.shared] or tiles[-1:]
+
+
+def _choose(
+    kind: str,
+    x: Tensor,
+    key: tuple,
+    precision: str,
+    span: Callable[[_Tile], int],
+    launch: Callable[[_Tile], object],
+) -> _Tile:
+    """The tile for a launch, timing all of them if its shape class is new.
+
+    span gives how long a launch takes, up to a factor for the shape class and tile.  A launch may
+    be repeated: no kernel overwrites what it reads.
+    """
+    if _INTERPRET:
+        return _INTERPRETER_TILES[kind]
+    tiles = admitted_tiles(kind, _device(x.device.index), x.dtype, precision)
+    if len(tiles) == 1:
+        return tiles[0]
+    key = (kind, x.device.index, x.dtype, precision, *key)
+    with _tuning:
+        if key not in _rates:
+            if torch.cuda.is_current_stream_capturing():
+                return tiles[0]
+            _rates[key] = {
+                t: triton.testing.do_bench(lambda t=t: launch(t), warmup=5, rep=20) / span(t)
+                for t in tiles
+            }
+    rates = _rates[key]
+    return min(rates, key=lambda t: rates[t] * span(t))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launches go to the current device, which need not be the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _padded(channels: int) -> int:
+    return triton.cdiv(channels, _PAD) * _PAD
+
+
+def _options(tile: _Tile) -> dict[str, Any]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def _pack(planes: Tensor, rows: Tensor) -> None:
+    """planes (B, T, C, H, W), any strides, into rows (B, T, H * W, CP)."""
+    batch, steps, channels, height, width = planes.shape
+    depth = rows.shape[3]
+    pixel_tile, channel_tile = _PACK_TILE
+    tiles = triton.cdiv(height * width, pixel_tile)
+    conv_lstm_pack_kernel[(batch * steps * tiles, triton.cdiv(depth, channel_tile))](
+        *(planes, rows, channels, depth, width, height * width, steps, *planes.stride()),
+        *(rows.stride(0) // depth, rows.stride(1) // depth),
+        BP=pixel_tile,
+        BC=channel_tile,
+    )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """x (B, T, C, H, W) as (B, T, H * W, CP): itself, if it lies so, or a copy."""
+    batch, steps, channels, height, width = x.shape
+    flat = x.permute(0, 1, 3, 4, 2)
+    if channels % _PAD == 0 and flat.is_contiguous() and x.data_ptr() % 16 == 0:
+        return flat.view(batch, steps, height * width, channels)
+    rows = x.new_empty((batch, steps, height * width, _padded(channels)))
+    _pack(x, rows)
+    return rows
+
+
+def _gates_apart(weight: Tensor, hidden: int, depth: int) -> Tensor:
+    """(4M, C, k, k) as (4, MP, depth, k * k), padded with zeros."""
+    weight = weight.view(4, hidden, weight.shape[1], -1)
+    padding = (0, 0, 0, depth - weight.shape[2], 0, _padded(hidden) - hidden)
+    return F.pad(weight, padding) if any(padding) else weight
+
+
+def _forward_weights(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+    """(MP / 8, 4, 8, K * K * CP + K * K * MP): the gates alternate every 8 channels."""
+    hidden, taps = weight_hh.shape[1], weight_hh.shape[2] ** 2
+    cp, mp = _padded(weight_ih.shape[1]), _padded(hidden)
+    packed = weight_ih.new_empty((mp // 8, 4, 8, taps * (cp + mp)))
+    parts = packed.split([taps * cp, taps * mp], 3)
+    for part, weight, depth in zip(parts, (weight_ih, weight_hh), (cp, mp), strict=True):
+        weight = _gates_apart(weight, hidden, depth).unflatten(1, (mp // 8, 8))
+        part.unflatten(3, (taps, depth)).copy_(weight.permute(1, 0, 2, 4, 3))
+    return packed
+
+
+def _backward_weights(weight: Tensor, hidden: int) -> Tensor:
+    """(C, K * K, 4, MP), for the transposed convolution."""
+    return _gates_apart(weight, hidden, weight.shape[1]).permute(2, 3, 0, 1).contiguous()
+
+
+class _Call:
+    """What the launches of one forward or backward share."""
+
+    def __init__(self, x: Tensor, weight_hh: Tensor, weight_peephole: Tensor | None, dilation: int):
+        self.x = x
+        self.batch, self.steps, self.channels, self.height, self.width = x.shape
+        self.hidden, self.kernel = weight_hh.shape[1:3]
+        self.area = self.height * self.width
+        self.cp, self.mp = _padded(self.channels), _padded(self.hidden)
+        self.pixels = self.batch * self.steps * self.area
+        if self.pixels >= 2**31 - 2**10:  # pixels are counted in 32 bits, elements in 64
+            raise ValueError(
+                f"x has {self.pixels} pixels but backend 'triton' takes fewer than 2^31: feed the "
+                "sequence in chunks and carry the state"
+            )
+        # From here on all taps but the middle one are outside, and larger numbers could wrap.
+        self.dilation = min(dilation, max(self.height, self.width))
+        # This one getter is right whichever of torch's three switches was set.
+        tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        self.precision = "tf32" if tf32 and not _INTERPRET else "ieee"
+        self.meta = {"K": self.kernel, "PRECISION": self.precision, "INTERPRET": _INTERPRET}
+        self.full = weight_peephole is not None and weight_peephole.dim() == 4
+        self.workers = _device(x.device.index).workers
+        self.tiles: dict[tuple, _Tile] = {}
+
+    def launch(self, kind, kernel, frames, channels, arguments, tile=None, **meta) -> None:
+        """Launch a kernel whose programs are tiles of pixels by tiles of channels."""
+
+        def grid(tile: _Tile) -> tuple[int, int]:
+            return triton.cdiv(frames * self.area, tile.pixels), triton.cdiv(
+                channels, tile.channels
+            )
+
+        def launch(tile: _Tile) -> None:
+            kernel[grid(tile)](
+                *arguments,
+                **(self.meta | meta),
+                BP=tile.pixels,
+                BM=tile.channels,
+                BK=tile.depth,
+                **_options(tile),
+            )
+
+        def span(tile: _Tile) -> int:
+            return triton.cdiv(math.prod(grid(tile)), self.workers)
+
+        if tile is None:
+            key = (kernel, frames, channels)
+            tile = self.tiles.get(key)
+            if tile is None:
+                sizes = (self.cp, self.mp, self.kernel, triton.next_power_of_2(self.area))
+                tile = _choose(
+                    kind, self.x, (kernel, channels, *sizes), self.precision, span, launch
+                )
+                self.tiles[key] = tile
+        launch(tile)
+
+    def step(self, step, x, h, c, weight, bias, weight_peephole, out, h_new, c_new, gates) -> None:
+        """One step forward.  h, c, c_new and gates are (tensor or None, its steps, which)."""
+        arguments = (
+            *(x, h[0], c[0], weight, bias, weight_peephole, out, h_new, c_new[0], gates[0]),
+            *(self.batch, self.hidden, self.height, self.width, self.area, self.dilation),
+            *(self.cp, self.mp, self.steps, step, *h[1:], *c[1:], *c_new[1:], *gates[1:]),
+        )
+        self.launch(
+            "forward", conv_lstm_fwd_kernel, self.batch, self.hidden, arguments, FULL=self.full
+        )
+
+    def weights(self, dsums: Tensor, x: Tensor | None, h: Tensor | None) -> list[Tensor]:
+        """Gradients of weight_ih and weight_hh, float32; (0,) where x or h is None."""
+        taps = self.kernel**2
+        widths = [0 if x is None else taps * self.cp, 0 if h is None else taps * self.mp]
+        rows = 4 * self.mp
+
+        def grid(tile: _Tile) -> tuple[int, int]:
+            columns = sum(triton.cdiv(width, tile.depth) for width in widths)
+            tiles = columns * triton.cdiv(rows, tile.channels)
+            most = triton.cdiv(self.pixels, 4 * tile.pixels)
+            return tiles, min(triton.cdiv(2 * self.workers, tiles), most)
+
+        def launch(tile: _Tile) -> Tensor:
+            partial = dsums.new_empty((grid(tile)[1], rows, sum(widths)), dtype=torch.float32)
+            conv_lstm_bwd_weight_kernel[grid(tile)](
+                *(dsums, dsums if x is None else x, dsums if h is None else h, partial),
+                *(self.pixels, self.height, self.width, self.area, self.dilation),
+                *(self.cp, self.mp, *widths),
+                **self.meta,
+                BM=tile.channels,
+                BN=tile.depth,
+                BP=tile.pixels,
+                **_options(tile),
+            )
+            return partial
+
+        def span(tile: _Tile) -> int:
+            tiles, splits = grid(tile)
+            blocks = triton.cdiv(self.pixels, tile.pixels * splits)
+            return triton.cdiv(tiles * splits, self.workers) * blocks
+
+        key = (self.cp, self.mp, self.kernel, *map(bool, widths))
+        tile = _choose("weight", self.x, key, self.precision, span, launch)
+        total = launch(tile).sum(0).view(4, self.mp, -1)[:, : self.hidden].split(widths, 2)
+        return [
+            part.unflatten(2, (taps, -1))[..., :depth].transpose(2, 3) if width else part
+            for part, width, depth in zip(total, widths, (self.channels, self.hidden), strict=True)
+        ]
+
+    def sums(self, dsums, c, cells, c_last, peephole: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of bias (4, M) and peepholes, float32."""
+        frames = self.batch * self.steps
+        pixel_tile, channel_tile = _SUMS_TILE
+        tiles = triton.cdiv(self.area, pixel_tile), triton.cdiv(self.mp, channel_tile)
+        splits = min(triton.cdiv(2 * self.workers, math.prod(tiles)), frames)
+        partial = c_last.new_empty((splits, tiles[0], 7, self.mp))
+        full = None
+        if self.full and peephole:
+            full = c_last.new_empty((splits, 3, self.hidden, self.height, self.width))
+        conv_lstm_bwd_sums_kernel[(*tiles, splits)](
+            *(dsums, c, cells, c_last, partial, full, frames, self.hidden, self.area, self.mp),
+            self.steps,
+            PEEPHOLE=peephole,
+            BP=pixel_tile,
+            BM=channel_tile,
+        )
+        total = partial[:, :, : 7 if peephole else 4].sum((0, 1))[:, : self.hidden]
+        return total[:4], total[4:] if full is None else full.sum(0)
+
+
+def forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save):
+    """Return out, c_last, cells, gates."""
+    call = _Call(x, weight_hh, weight_peephole, dilation)
+    batch, steps, hidden, mp = call.batch, call.steps, call.hidden, call.mp
+    plane = (hidden, call.height, call.width)
+    state = torch.float32
+    out = x.new_empty((batch, steps, *plane))
+    c_last = x.new_empty((batch, *plane), dtype=state)
+    cells = x.new_empty((batch, steps - 1, *plane) if save else (0,), dtype=state)
+    gates = x.new_empty((batch, steps, 4 * hidden, *plane[1:]) if save == 2 else (0,))
+    with _on(x.device):
+        x_rows = _as_rows(x)
+        h_rows = None if h is None else _as_rows(h.unsqueeze(1))
+        weight = _forward_weights(weight_ih, weight_hh)
+        spare = None if save or steps == 1 else torch.empty_like(c_last)
+        spare_rows = [x.new_empty((batch, 1, call.area, mp)) for _ in range(min(steps - 1, 2))]
+        before = (c, 1, 0)
+        for t in range(steps):
+            if t == steps - 1:
+                after = (c_last, 1, 0)
+            elif save:
+                after = (cells, steps - 1, t)
+            else:  # c_last and spare in turn, so that the last step writes c_last
+                after = ((spare, c_last)[(steps - t) % 2], 1, 0)
+            new_rows = spare_rows[t % 2] if t < steps - 1 else None
+            call.step(
+                *(t, x_rows, (h_rows, 1, 0), before, weight, bias, weight_peephole),
+                *(out, new_rows, after, (gates if save == 2 else None, steps, t)),
+            )
+            h_rows, before = new_rows, after
+    return out, c_last, cells, gates
+
+
+def backward(
+    grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
+    out, c_last, cells, gates, dilation, needs,
+):  # fmt: skip
+    """Return dx, dh, dc, dweight_ih, dweight_hh, dbias, dweight_peephole."""
+    tensors = (x, h, c, weight_ih, weight_hh, bias, weight_peephole)
+    grads = [
+        t.new_empty(t.shape) if need else x.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    ]
+    if not any(needs):
+        return tuple(grads)
+    call = _Call(x, weight_hh, weight_peephole, dilation)
+    batch, steps, hidden, area, mp = call.batch, call.steps, call.hidden, call.area, call.mp
+    recompute = gates.dim() == 1
+    with _on(x.device):
+        x_rows = _as_rows(x) if recompute or needs[3] else None
+        h_rows = None
+        if recompute or needs[4]:  # h_0 .. h_{T-1}
+            h_rows = x.new_empty((batch, steps, area, mp))
+            if steps > 1:
+                _pack(out[:, :-1], h_rows[:, 1:])
+            if h is None:
+                h_rows[:, 0].zero_()
+            else:
+                _pack(h.unsqueeze(1), h_rows[:, :1])
+        weight = _forward_weights(weight_ih, weight_hh) if recompute else None
+        weight_back = _backward_weights(weight_hh, hidden) if steps > 1 or needs[1] else None
+        if recompute:
+            gates = x.new_empty((batch, 1, 4 * hidden, call.height, call.width))
+        dsums = x.new_empty((batch, steps, area, 4 * mp))
+        dc = grads[2] if needs[2] else torch.empty_like(c_last)
+        spare = torch.empty_like(c_last) if steps > 1 else None
+        dc_after = grad_c
+        strides = (0,) * 5 if grad_out is None else grad_out.stride()
+        for t in reversed(range(steps)):
+            before = (cells, steps - 1, t - 1) if t else (c, 1, 0)
+            after = (c_last, 1, 0) if t == steps - 1 else (cells, steps - 1, t)
+            gates_t = (gates, 1, 0) if recompute else (gates, steps, t)
+            if recompute:
+                h_t = (h_rows, steps, t) if t or h is not None else (None, 1, 0)
+                call.step(
+                    *(t, x_rows, h_t, before, weight, bias, weight_peephole),
+                    *(None, None, after, gates_t),
+                )
+            dc_before = (dc, spare)[t % 2]
+            last = t == steps - 1
+            call.launch(
+                "backward",
+                conv_lstm_bwd_kernel,
+                batch,
+                hidden,
+                (
+                    *(dsums, None if last else weight_back, grad_out, gates, before[0], after[0]),
+                    *(dc_after, dc_before, weight_peephole, batch, hidden, call.height),
+                    *(call.width, area, call.dilation, mp, steps, t, *before[1:], *after[1:]),
+                    *(*gates_t[1:], *strides),
+                ),
+                tile=_POINTWISE_TILE if last else None,
+                FULL=call.full,
+            )
+            dc_after = dc_before
+        sizes = (call.height, call.width, area, call.dilation, mp)
+        if needs[0]:
+            call.launch(
+                *("backward", conv_lstm_bwd_input_kernel, batch * steps, call.channels),
+                (dsums, _backward_weights(weight_ih, hidden), grads[0])
+                + (batch * steps, call.channels, *sizes, 1),
+            )
+        if needs[1]:
+            call.launch(
+                *("backward", conv_lstm_bwd_input_kernel, batch, hidden),
+                (dsums, weight_back, grads[1], batch, hidden, *sizes, steps),
+            )
+        if needs[3] or needs[4]:
+            sums = call.weights(dsums, x_rows if needs[3] else None, h_rows if needs[4] else None)
+            for index, total in zip((3, 4), sums, strict=True):
+                if needs[index]:
+                    grads[index].view_as(total).copy_(total)
+        if needs[5] or needs[6]:
+            dbias, dpeephole = call.sums(dsums, c, cells, c_last, needs[6])
+            if needs[5]:
+                grads[5].view(4, hidden).copy_(dbias)
+            if needs[6]:
+                grads[6].copy_(dpeephole)
+    return tuple(grads)
