@@ -57,7 +57,7 @@ def draw(
     batch, steps, channels, hidden, height, width, kernel, dtype, peephole=None, state=True,
     bias=True, seed=0,
 ):  # fmt: skip
-    """The op's seven tensors; c is in the cell state's dtype.  peephole: None, "channel", "full"."""
+    """The op's seven tensors, c in the cell state's dtype; peephole: None, "channel" or "full"."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0, dtype=dtype):
@@ -352,7 +352,8 @@ KERNELS = {
     "sums": tk.conv_lstm_bwd_sums_kernel,
     "pack": tk.conv_lstm_pack_kernel,
 }
-FLOAT_POINTERS = set("p_c p_c_new p_c_last p_cells p_dc p_dc_new p_partial p_sums p_full".split())
+FLOAT_POINTERS = {"p_c", "p_c_new", "p_c_last", "p_cells", "p_dc", "p_dc_new"}
+FLOAT_POINTERS |= {"p_partial", "p_sums", "p_full"}
 # Multiples of 16 whatever the shape; and those that are where H * W is.
 PADDED = {"CP", "MP", "depth", "width_ih", "width_hh"}
 ALIGNED = {"area", "width", "height", "hidden", "n_channels"}
@@ -434,7 +435,7 @@ def compilations():
 
 @compiled_only
 @pytest.mark.parametrize(
-    "case", compile_cases(), ids=lambda c: "-".join(map(str, [*c[:-1], *c[-1]]))
+    "case", list(compile_cases()), ids=lambda c: "-".join(map(str, [*c[:-1], *c[-1]]))
 )
 def test_compiles_without_spills(case, compilations):
     _, capability, dtype, precision, _, _ = case

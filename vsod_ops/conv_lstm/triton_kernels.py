@@ -234,7 +234,8 @@ def _fwd_tail(
             tl.store(p_h_new + o_h, b_h, mask=m_p[:, None] & (o_m < MP)[None, :])
 
 
-_STEPS = ("steps step c_steps c_step c_new_steps c_new_step gate_steps gate_step").split()
+_STEPS = ["steps", "step", "c_steps", "c_step", "c_new_steps", "c_new_step"]
+_STEPS += ["gate_steps", "gate_step"]
 
 
 @triton.jit(do_not_specialize=["n_frames", "h_steps", "h_step", *_STEPS])
