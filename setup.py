@@ -27,7 +27,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CPU_OPS = ["shunted_attention"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
+CPU_OPS = ["shunted_attention", "conv_lstm"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
 CUDA_OPS: list[str] = []  # csrc/<op>/cuda.cu
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest that a build runs with
@@ -77,7 +77,7 @@ def cuda_architectures(nvcc: Path) -> list[str]:
     for i, name in enumerate(names):
         if not (match := re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", name)):
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST: {name!r} is no architecture; write for example 9.0 or 9.0+PTX"
+                f"TORCH_CUDA_ARCH_LIST: {name!r} is no architecture; it takes 9.0 or 9.0+PTX"
             )
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
