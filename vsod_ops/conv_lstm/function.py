@@ -86,7 +86,9 @@ def conv_lstm_cell(
     return state
 
 
-def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, recompute, backend):
+def _conv_lstm(
+    x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, recompute, backend
+):
     device_type = x.device.type
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     _check(x, state, weight_ih, weight_hh, bias, weight_peephole, autocast)

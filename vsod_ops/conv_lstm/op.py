@@ -90,7 +90,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
+def _forward(
+    x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend
+):
     chosen = _choose(backend, x)
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
@@ -128,7 +130,9 @@ def _backward(
     return reference.backward(*grads, *inputs, *kept, dilation, needs)
 
 
-def _fake_forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
+def _fake_forward(
+    x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend
+):
     batch, steps, _, height, width = x.shape
     hidden = weight_hh.shape[1]
     dtype = state_dtype(x.dtype)
