@@ -173,11 +173,11 @@ def _split(b_tile, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
         HALF: tl.constexpr = PART * PARTS // 2
         b_low, b_high = tl.split(tl.permute(tl.reshape(b_tile, [ROWS, 2, HALF]), [0, 2, 1]))
         if PARTS == 2:
-            b_parts = (b_low, b_high)
+            b_parts = (b_low, b_high)  # type: ignore[assignment]
         else:
             b_0, b_1 = tl.split(tl.permute(tl.reshape(b_low, [ROWS, 2, PART]), [0, 2, 1]))
             b_2, b_3 = tl.split(tl.permute(tl.reshape(b_high, [ROWS, 2, PART]), [0, 2, 1]))
-            b_parts = (b_0, b_1, b_2, b_3)
+            b_parts = (b_0, b_1, b_2, b_3)  # type: ignore[assignment]
     return b_parts
 
 
@@ -927,7 +927,8 @@ class _Call:
         full = None
         if self.full and peephole:
             full = c_last.new_empty((splits, 3, self.hidden, self.height, self.width))
-        conv_lstm_bwd_sums_kernel[(*tiles, splits)](
+        grid = (*tiles, splits)
+        conv_lstm_bwd_sums_kernel[grid](
             *(dsums, c, cells, c_last, partial, full, frames, self.hidden, self.area, self.mp),
             self.steps,
             PEEPHOLE=peephole,
