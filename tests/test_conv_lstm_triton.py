@@ -468,6 +468,35 @@ def test_small_kernels_compile_without_spills(capability):
         assert figures(kernel)[1] == 0, kind
 
 
+ONES = dict.fromkeys(("hidden", "n_channels", "height", "width", "area", "dilation"), 1)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("kind", "missing", "sizes"),
+    [
+        ("forward", "p_h p_c p_peephole p_gates p_h_new", {}),
+        ("forward", "p_bias", ONES),
+        ("forward", "p_out p_h_new p_h p_c", {}),
+        ("backward", "p_grad p_dc", ONES),
+        ("backward", "p_c p_peephole", {}),
+        ("input", "", ONES),
+        ("weight", "", ONES),
+        ("sums", "p_c p_full", ONES),
+        ("sums", "p_c", {}),
+        ("pack", "", ONES | dict.fromkeys(("s_b", "s_t", "s_c", "s_y", "s_x"), 1)),
+    ],
+)
+def test_compiles_without_some_pointers_and_with_sizes_of_1(kind, missing, sizes):
+    """A size of 1 and a missing pointer are constants to the compiler."""
+    constants = {"K": 1, "PRECISION": "ieee", "INTERPRET": False, "FULL": "p_h" in missing}
+    constants |= {"BP": 32, "BM": 16, "BN": 16, "BK": 16, "BC": 16, "PEEPHOLE": True}
+    constants |= sizes | dict.fromkeys(missing.split())
+    kernel = KERNELS[kind]
+    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
+    assert figures(compile_kernel(kernel, 90, torch.bfloat16, constants, 4, 2))[1] == 0
+
+
 on_gpu = [
     pytest.mark.cuda,
     pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU"),
