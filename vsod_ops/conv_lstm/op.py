@@ -34,6 +34,7 @@ _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 SUPPORT: backends.Support = {
     "cpu": _FLOATS | {torch.float64},
+    "triton": _FLOATS,
     "reference": _FLOATS | {torch.float64},
 }
 
@@ -96,6 +97,10 @@ def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, sav
         return _fake_forward(*inputs, dilation, save, backend)
     if chosen == "cpu":
         return torch.ops.vsod_ops.conv_lstm_cpu(*inputs, dilation, save)
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.forward(*inputs, dilation, save)
     return reference.forward(*inputs, dilation, save)
 
 
@@ -116,6 +121,10 @@ def _backward(
             g.to(t.dtype) if need else x.new_empty(0)
             for g, t, need in zip(wide, inputs, needs, strict=True)
         )
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.backward(*grads, *inputs, *kept, dilation, needs)
     return reference.backward(*grads, *inputs, *kept, dilation, needs)
 
 
