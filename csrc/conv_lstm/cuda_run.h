@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cuda_phases.h"
@@ -92,7 +93,7 @@ inline Shape check(const Arguments& a) {
   STD_TORCH_CHECK(fits(a.weight_peephole, {3, m}, dtype) ||
                       fits(a.weight_peephole, {3, m, s.height, s.width}, dtype),
                   "conv_lstm: weight_peephole does not fit");
-  const Grid most = make_grid(s, 1, WeightKernel<float, true>::kTileY, ceil_div(m, 4));
+  const Grid most = make_grid(s, 1, WeightTask<float, true>::kTileY, ceil_div(m, 4));
   STD_TORCH_CHECK(double(most.blocks()) * double(s.batch) * double(s.steps) < 2147483648.0,
                   "conv_lstm: too many pixels for one launch");
   return s;
@@ -135,7 +136,7 @@ void launch_forward(const Launcher& launch, const Arguments& a, const Shape& s, 
   using Kernel = ForwardKernel<N, kFast>;
   Kernel k{};
   k.shape = s;
-  k.stages = plan_stages(s, s.channels + s.hidden, Kernel::kTileY, Kernel::kOutputs);
+  k.convolution = Kernel::Conv::plan(s, s.channels + s.hidden);
   k.grid = make_grid(s, s.batch * step_count, Kernel::kTileY, ceil_div(s.hidden, Kernel::kHidden));
   k.first_step = first_step, k.step_count = step_count;
   k.sequence = {make_frames<N>(a.x), pointer<const N>(a.h), pointer<const N>(out)};
@@ -186,90 +187,104 @@ struct Incoming {
   const Tensor &out, &c_last, &cells, &gates;
 };
 
-template <class N, bool kFast, int kOutputs, class Launcher>
-void launch_gather(const Launcher& launch, const Shape& s, const GateFrames<N>& gate_gradients,
-                   int64_t first_step, int64_t step_count, const Tensor& weight, N* result,
-                   int64_t result_steps) {
-  using Kernel = GatherKernel<N, kFast, kOutputs>;
-  Kernel k{};
-  k.shape = s;
-  k.outputs = int(weight.size(1));
-  k.stages = plan_stages(s, 4 * s.hidden, Kernel::kTileY, kOutputs);
-  k.grid = make_grid(s, s.batch * step_count, Kernel::kTileY, ceil_div(k.outputs, kOutputs));
-  k.first_step = first_step, k.step_count = step_count;
-  k.gate_gradients = gate_gradients;
-  k.weight = pointer<const N>(weight);
-  k.result = result;
-  k.result_steps = result_steps;
-  launch(k);
+// Calls run(fast, outputs), constants both: what a gather of `outputs` channels is compiled for.
+template <class N, class F>
+void for_gather(const Shape& s, int64_t outputs, const F& run) {
+  constexpr int kFew = kTensorCores<N> ? 8 : 4;
+  if (!is_fast(s))
+    run(std::false_type(), std::integral_constant<int, kFew>());
+  else if (outputs <= kFew)
+    run(std::true_type(), std::integral_constant<int, kFew>());
+  else
+    run(std::true_type(), std::integral_constant<int, 8>());
 }
 
 template <class N, class Launcher>
-void run_gather(const Launcher& launch, const Shape& s, const GateFrames<N>& gate_gradients,
-                int64_t first_step, int64_t step_count, const Tensor& weight, N* result,
-                int64_t result_steps) {
-  const auto call = [&](auto run) {
-    run(launch, s, gate_gradients, first_step, step_count, weight, result, result_steps);
-  };
-  if (!is_fast(s))
-    call(launch_gather<N, false, 4, Launcher>);
-  else if (weight.size(1) <= 4)
-    call(launch_gather<N, true, 4, Launcher>);
-  else
-    call(launch_gather<N, true, 8, Launcher>);
+void launch_gather(const Launcher& launch, const Shape& s,
+                   const GateFrames<const N>& gate_gradients, int64_t first_step,
+                   int64_t step_count, const Tensor& weight, N* result, int64_t result_steps) {
+  for_gather<N>(s, weight.size(1), [&](auto fast, auto outputs) {
+    using Kernel = GatherKernel<N, fast, outputs>;
+    Kernel k{};
+    k.shape = s;
+    k.gather = {Kernel::Conv::plan(s, 4 * s.hidden), pointer<const N>(weight),
+                int(weight.size(1))};
+    k.grid = make_grid(s, s.batch * step_count, Kernel::kTileY,
+                       ceil_div(weight.size(1), outputs));
+    k.first_step = first_step, k.step_count = step_count;
+    k.gate_gradients = gate_gradients;
+    k.result = result;
+    k.result_steps = result_steps;
+    launch(k);
+  });
 }
 
-template <class N, bool kFast, int kOutputs, class Launcher>
+template <class N, class Launcher>
 void launch_step(const Launcher& launch, const Arguments& a, const Incoming& in, const Shape& s,
                  int64_t step, const Cells<typename Wide<N>::type>& cells,
                  const GateFrames<const N>& gates, const GateFrames<N>& gate_gradients,
                  typename Wide<N>::type* dc) {
   using S = typename Wide<N>::type;
-  using Kernel = StepBackwardKernel<N, kFast, kOutputs>;
-  Kernel k{};
-  k.shape = s;
-  k.stages = plan_stages(s, 4 * s.hidden, Kernel::kTileY, kOutputs);
-  k.grid = make_grid(s, s.batch, Kernel::kTileY, ceil_div(s.hidden, kOutputs));
-  k.step = step;
-  if (in.grad_out.has_value()) k.grad_out = make_frames<N>(*in.grad_out);
-  k.grad_c = pointer<const S>(in.grad_c);
-  k.dc = dc;
-  k.gates = gates, k.gate_gradients = gate_gradients;
-  k.cells = cells;
-  k.weight_hh = pointer<const N>(a.weight_hh);
-  k.peephole = make_peephole<N>(a, s);
-  launch(k);
+  for_gather<N>(s, s.hidden, [&](auto fast, auto outputs) {
+    using Kernel = StepBackwardKernel<N, fast, outputs>;
+    Kernel k{};
+    k.shape = s;
+    k.gather = {Kernel::Conv::plan(s, 4 * s.hidden), pointer<const N>(a.weight_hh),
+                int(s.hidden)};
+    k.grid = make_grid(s, s.batch, Kernel::kTileY, ceil_div(s.hidden, outputs));
+    k.step = step;
+    if (in.grad_out.has_value()) k.grad_out = make_frames<N>(*in.grad_out);
+    k.grad_c = pointer<const S>(in.grad_c);
+    k.dc = dc;
+    k.gates = gates, k.gate_gradients = gate_gradients;
+    k.cells = cells;
+    k.peephole = make_peephole<N>(a, s);
+    launch(k);
+  });
 }
 
-template <class N, bool kFast, class Launcher>
-void launch_weight(const Launcher& launch, const Shape& s, const Sequence<N>& sequence,
-                   const GateFrames<const N>& gate_gradients, int64_t first_step,
-                   int64_t step_count, int64_t walks, bool add,
-                   typename Wide<N>::type* partial) {
-  using Kernel = WeightKernel<N, kFast>;
-  Kernel k{};
-  k.shape = s;
-  k.first_step = first_step, k.step_count = step_count;
-  k.sequence = sequence;
-  k.gate_gradients = gate_gradients;
-  k.partial = partial;
-  k.add = add;
-  k.walks = uint32_t(walks);
-  k.output_blocks = uint32_t(ceil_div(4 * s.hidden, Kernel::kOutputs));
-  k.channel_blocks = uint32_t(ceil_div(s.channels + s.hidden, kChunk));
-  k.tap_blocks = Kernel::tap_block_count(s);
-  launch(k);
+// Calls run(fast, gate tiles), constants both: what a weight gradient is compiled for.
+template <class N, class F>
+void for_weight(const Shape& s, const F& run) {
+  constexpr int kMost = kTensorCores<N> ? 2 : 1;
+  if (!is_fast(s))
+    run(std::false_type(), std::integral_constant<int, 1>());
+  else if (s.hidden <= 4)
+    run(std::true_type(), std::integral_constant<int, 1>());
+  else
+    run(std::true_type(), std::integral_constant<int, kMost>());
 }
 
-// How many blocks share the pixels of a weight gradient.
-inline int64_t weight_walks(const Shape& s, int64_t step_count) {
-  using Kernel = WeightKernel<float, true>;
-  const int64_t tiles =
-      s.batch * step_count * ceil_div(s.height, Kernel::kTileY) * ceil_div(s.width, kTileX);
-  const int64_t others = ceil_div(4 * s.hidden, Kernel::kOutputs) *
-                         ceil_div(s.channels + s.hidden, kChunk) *
-                         (is_fast(s) ? 1 : WeightKernel<float, false>::tap_block_count(s));
-  return std::max<int64_t>(1, std::min(tiles, kWeightBlocks / others));
+// Launches the weight gradient of some steps into `partial`, or where `partial` is null only says
+// how many blocks share its pixels.
+template <class N, class Launcher>
+int64_t launch_weight(const Launcher& launch, const Shape& s, const Sequence<N>& sequence,
+                      const GateFrames<const N>& gate_gradients, int64_t first_step,
+                      int64_t step_count, int64_t walks, bool add,
+                      typename Wide<N>::type* partial) {
+  for_weight<N>(s, [&](auto fast, auto gate_tiles) {
+    using Kernel = WeightKernel<N, fast, gate_tiles>;
+    Kernel k{};
+    k.shape = s;
+    k.first_step = first_step, k.step_count = step_count;
+    k.sequence = sequence;
+    k.gate_gradients = gate_gradients;
+    k.partial = partial;
+    k.add = add;
+    k.walks = uint32_t(walks);
+    k.output_blocks = uint32_t(ceil_div(4 * s.hidden, Kernel::kOutputs));
+    k.channel_blocks = uint32_t(ceil_div(s.channels + s.hidden, kChunk));
+    k.tap_blocks = uint32_t(Kernel::tap_block_count(s));
+    if (partial) {
+      launch(k);
+    } else {
+      const int64_t tiles = s.batch * step_count * ceil_div(s.height, Kernel::kTileY) *
+                            ceil_div(s.width, kTileX);
+      const int64_t others = int64_t(k.output_blocks) * k.channel_blocks * k.tap_blocks;
+      walks = std::max<int64_t>(1, std::min(tiles, kWeightBlocks / others));
+    }
+  });
+  return walks;
 }
 
 template <class N, class Launcher>
@@ -333,8 +348,9 @@ BackwardResult backward(const Launcher& launch, const Arguments& a, const Incomi
   const Sequence<N> sequence{make_frames<N>(a.x), pointer<const N>(a.h), pointer<const N>(in.out)};
 
   const bool weights = needs[3] || needs[4] || dbias.numel() > 0;
-  const int64_t walks = weight_walks(s, window);
-  Tensor partial = make({weights ? walks : 0, WeightKernel<N, true>::row_numbers(s)}, wide);
+  const int64_t walks =
+      launch_weight<N>(launch, s, sequence, read_gradients, 0, window, 0, false, nullptr);
+  Tensor partial = make({weights ? walks : 0, WeightTask<N, true>::row_numbers(s)}, wide);
   const bool peepholes = dpeephole.numel() > 0, full = is_full(a.weight_peephole);
   const int64_t chunks =
       full ? ceil_div(s.pixels(), kThreads) : std::min<int64_t>(64, ceil_div(s.pixels(), 1024));
@@ -352,26 +368,11 @@ BackwardResult backward(const Launcher& launch, const Arguments& a, const Incomi
         launch_forward<N, false>(launch, a, s, start, count, in.out, cells, false,
                                  gate_gradients.data, slots);
     }
-    for (int64_t t = stop - 1; t >= start; --t) {
-      const auto call = [&](auto run) {
-        run(launch, a, in, s, t, cells, gates, gate_gradients, pointer<S>(dc));
-      };
-      if (!fast)
-        call(launch_step<N, false, 4, Launcher>);
-      else if (s.hidden <= 4)
-        call(launch_step<N, true, 4, Launcher>);
-      else
-        call(launch_step<N, true, 8, Launcher>);
-    }
-    if (weights) {
-      const auto call = [&](auto run) {
-        run(launch, s, sequence, read_gradients, start, count, walks, add, pointer<S>(partial));
-      };
-      if (fast)
-        call(launch_weight<N, true, Launcher>);
-      else
-        call(launch_weight<N, false, Launcher>);
-    }
+    for (int64_t t = stop - 1; t >= start; --t)
+      launch_step<N>(launch, a, in, s, t, cells, gates, gate_gradients, pointer<S>(dc));
+    if (weights)
+      launch_weight<N>(launch, s, sequence, read_gradients, start, count, walks, add,
+                       pointer<S>(partial));
     if (peepholes) {
       PeepholeKernel<N> k{};
       k.shape = s;
@@ -385,11 +386,12 @@ BackwardResult backward(const Launcher& launch, const Arguments& a, const Incomi
       launch(k);
     }
     if (needs[0])
-      run_gather(launch, s, gate_gradients, start, count, a.weight_ih, pointer<N>(dx), s.steps);
+      launch_gather<N>(launch, s, read_gradients, start, count, a.weight_ih, pointer<N>(dx),
+                       s.steps);
   }
 
   if (dh.numel() > 0)
-    run_gather(launch, s, gate_gradients, 0, 1, a.weight_hh, pointer<N>(dh), 1);
+    launch_gather<N>(launch, s, read_gradients, 0, 1, a.weight_hh, pointer<N>(dh), 1);
   const int64_t ih_numbers = gate_numbers * s.channels * s.taps();
   const int64_t hh_numbers = gate_numbers * s.hidden * s.taps();
   if (needs[3]) reduce<N>(launch, partial, 0, dweight_ih);
