@@ -1,8 +1,6 @@
 """The CUDA kernels of conv_lstm with their phases run on the CPU: the same code as on a GPU, but for
 the launch and the barriers."""
 
-import itertools
-
 import pytest
 import torch
 from checks import assert_error_bound, nan_filled_memory
@@ -166,7 +164,8 @@ def test_one_tap_a_stage():
 
 
 @pytest.mark.parametrize("peephole", (None, "channel", "full"))
-@pytest.mark.parametrize("recompute, window", itertools.product((False, True), (1, 2, 3, 9)))
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("window", (1, 2, 3, 9))
 def test_windows(peephole, recompute, window):
     """Gate gradients kept for a few steps at a time; gates kept or computed again."""
     case = {"steps": 5, "batch": 2, "peephole": peephole}

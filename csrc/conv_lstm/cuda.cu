@@ -3,15 +3,15 @@
 // What it computes is in cuda_phases.h, one struct a kernel with its tiles and why they are so; the
 // order of launches is in cuda_run.h.  Here: how a struct becomes a launch, and the registration.
 //
-// Floors, 4 -> 4 channels, 512 x 512, float32, one sample, one step (an H200 copies 4.3 TB/s and does
-// some 60 TFLOP/s of float32 FMA): x, h, c in and h, c out are 80 bytes a pixel = 4.9 us; 1152 FMA a
-// pixel are 10 us.  With gates kept 144 bytes = 8.8 us.  The backward step reads 4 gates, their
-// gradients of the step after, c twice, dc and dout, and writes gradients and dc (288 bytes =
-// 18 us).
+// Floors, 4 -> 4 channels, 512 x 512, float32, one sample, one step (an H200 copies 4.3 TB/s and
+// does some 60 TFLOP/s of float32 FMA): x, h, c in and h, c out are 80 bytes a pixel = 4.9 us; 1152
+// FMA a pixel are 10 us.  With gates kept 144 bytes = 8.8 us.  The backward step reads 4 gates,
+// their gradients of the step after, c twice, dc and dout, and writes gradients and dc: 288 bytes =
+// 18 us.  16-bit tensors halve all but c and dc, and their FMA run on tensor cores.
 //
 // Occupancy: 128 threads and at most 128 registers a thread let 4 blocks = 16 warps share a
-// multiprocessor (weight gradient: at most 168 registers, 3 blocks); shared memory (at most 40 KB a
-// block) then stays below the limit of every GPU from sm_80 on.
+// multiprocessor; kernels on tensor cores and weight gradients may take 168, 3 blocks.  Shared
+// memory, at most 41 KB a block, then stays below the 164 KB of sm_80.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,7 +1,7 @@
 // The CUDA kernels of conv_lstm run on the CPU, for tests: each phase for every thread of a block
 // before the next phase, block after block.  Shared memory starts as NaN, so that reading what no
-// phase has written shows; with `reverse` threads and blocks run from the last to the first, so that
-// results which depend on their order (a missing barrier, a race) differ.
+// phase has written shows; with `reverse` threads and blocks run from the last to the first, so
+// that results which depend on their order (a missing barrier, a race) differ.
 
 #include <limits>
 

@@ -28,7 +28,7 @@
 // cost 18 input loads and 8 loads of 16 bytes for 288 FMA; the pitches keep them free of bank
 // conflicts.  The 8 rows of threads are summed once, at the end.
 //
-// Any odd kernel and any dilation: where the tile with its halo does not fit 48 KB with one channel,
+// Any odd kernel and any dilation: where the tile with its halo and one channel does not fit 48 KB,
 // a stage holds one tap (its shifted tile) instead of all.
 #pragma once
 
@@ -114,7 +114,7 @@ struct Input {
   VSOD_BOTH int channels() const { return first.count + second.count; }
 };
 
-// ---- sigmoid and tanh, right from -inf to inf; NaN stays NaN -------------------------------------
+// ---- sigmoid and tanh, right from -inf to inf; NaN stays NaN ------------------------------------
 
 VSOD_BOTH double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 VSOD_BOTH float sigmoid(float x) {
@@ -128,7 +128,7 @@ VSOD_BOTH float sigmoid(float x) {
 VSOD_BOTH double hyperbolic_tangent(double x) { return tanh(x); }
 VSOD_BOTH float hyperbolic_tangent(float x) { return tanhf(x); }
 
-// ---- tensor cores --------------------------------------------------------------------------------
+// ---- tensor cores -------------------------------------------------------------------------------
 
 template <class N>
 inline constexpr bool kTensorCores = sizeof(N) == 2;
@@ -176,7 +176,7 @@ VSOD_BOTH void multiply_add_16x8x16(int lane, const A& a, const B& b, float (&d)
 #endif
 }
 
-// ---- which frame, tile and group of output channels a block owns ---------------------------------
+// ---- which frame, tile and group of output channels a block owns --------------------------------
 
 struct Grid {
   uint32_t frames, tiles_y, tiles_x, groups;  // groups change fastest: they share a tile in the L2
@@ -207,7 +207,7 @@ inline Grid make_grid(const Shape& shape, int64_t frames, int tile_y, int64_t gr
           uint32_t(ceil_div(shape.width, kTileX)), uint32_t(groups)};
 }
 
-// ---- convolution ---------------------------------------------------------------------------------
+// ---- convolution --------------------------------------------------------------------------------
 
 // Eight channels of one pixel, from c0 on; zeros outside the frame and from channel c0 + count on.
 // All loads come first, so that they are in flight together.
@@ -215,14 +215,14 @@ template <class N, class To>
 VSOD_BOTH void load_channels(const Input<N>& input, const Shape& shape, int c0, int count,
                              int64_t y, int64_t x, To (&values)[kChunk]) {
   const bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.width;
-  const int64_t in_first = y * input.first.y + x * input.first.x;
-  const int64_t in_second = y * input.second.y + x * input.second.x;
+  const int left = input.first.count - c0;  // channels of `first` from c0 on
+  const N* second = input.second.data + y * input.second.y + x * input.second.x;
+  const N* first = input.first.data + y * input.first.y + x * input.first.x;
+  const N* source = left > 0 ? first + c0 * input.first.c : second - left * input.second.c;
   VSOD_UNROLL
   for (int c = 0; c < kChunk; ++c) {
-    const int channel = c0 + c, second = channel - input.first.count;
-    const N* source = second < 0 ? input.first.data + channel * input.first.c + in_first
-                                 : input.second.data + second * input.second.c + in_second;
     values[c] = inside && c < count ? To(*source) : To(0.0f);
+    source = c + 1 == left ? second : source + (c < left ? input.first.c : input.second.c);
   }
 }
 
@@ -367,7 +367,7 @@ struct TensorCoreTile {
     const int kernel = kFast ? 3 : run_kernel, dilation = kFast ? 1 : run_dilation;
     const int cols = kFast ? kTileX + 2 : stages.cols, taps = kernel * kernel;
     const N* pixels = reinterpret_cast<const N*>(tile) + thread / kWarp * kRows * cols * kChunk;
-    VSOD_UNROLL
+    VSOD_ROLLED
     for (int step = 0; step < (taps + 1) / 2; ++step) {
       const int tap[2] = {2 * step, 2 * step + 1};
       int offset[2];
@@ -552,7 +552,7 @@ struct GateFrames {
   }
 };
 
-// ---- forward -------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 template <class N, bool kFast>
 struct ForwardKernel {
@@ -560,7 +560,8 @@ struct ForwardKernel {
   static constexpr int kRows = 4, kHidden = 4, kOutputs = 4 * kHidden;  // gate by gate
   using Conv = Convolution<N, kFast, kRows, kOutputs>;
   using Registers = typename Conv::Registers;
-  static constexpr int kTileY = Conv::kTileY, kBlocksPerMultiprocessor = 4;
+  static constexpr int kTileY = Conv::kTileY;
+  static constexpr int kBlocksPerMultiprocessor = kTensorCores<N> ? 3 : 4;
   static constexpr const char* kName = "conv_lstm_fwd_kernel";
 
   Shape shape;
@@ -647,7 +648,7 @@ struct ForwardKernel {
   }
 };
 
-// ---- backward: gate gradients and what flows through the convolutions ----------------------------
+// ---- backward: gate gradients and what flows through the convolutions ---------------------------
 
 // What gathers from gate gradients: sums for outputs of weight (4M, outputs, k, k), turned by 180
 // degrees.
@@ -678,7 +679,8 @@ struct GatherKernel {
   using S = typename Wide<N>::type;
   using Conv = typename Gather<N, kFast, kOutputs>::Conv;
   using Registers = typename Conv::Registers;
-  static constexpr int kRows = 8, kTileY = Conv::kTileY, kBlocksPerMultiprocessor = 4;
+  static constexpr int kRows = 8, kTileY = Conv::kTileY;
+  static constexpr int kBlocksPerMultiprocessor = kTensorCores<N> ? 3 : 4;
   static constexpr const char* kName = "conv_lstm_bwd_gather_kernel";
 
   Shape shape;
@@ -720,7 +722,8 @@ struct StepBackwardKernel {
   using S = typename Wide<N>::type;
   using Conv = typename Gather<N, kFast, kOutputs>::Conv;
   using Registers = typename Conv::Registers;
-  static constexpr int kRows = 8, kTileY = Conv::kTileY, kBlocksPerMultiprocessor = 4;
+  static constexpr int kRows = 8, kTileY = Conv::kTileY;
+  static constexpr int kBlocksPerMultiprocessor = kTensorCores<N> ? 3 : 4;
   static constexpr int kTogether = 4;  // pixels whose loads are in flight together
   static constexpr const char* kName = "conv_lstm_bwd_step_kernel";
 
@@ -808,11 +811,11 @@ struct StepBackwardKernel {
   }
 };
 
-// ---- weight gradient -----------------------------------------------------------------------------
+// ---- weight gradient ----------------------------------------------------------------------------
 
-// What one block of a weight gradient owns: kOutputs gate channels from o0 on, 8 input channels from
-// c0 on, the taps from (ky, kx) on, and every `walks`-th tile of 32 x 8 pixels.  Undilated 3 x 3
-// kernels (kFast) have all nine taps in a block, others up to three of one row.
+// What one block of a weight gradient owns: kOutputs gate channels from o0 on, 8 input channels
+// from c0 on, the taps from (ky, kx) on, and every `walks`-th tile of 32 x 8 pixels.  Undilated
+// 3 x 3 kernels (kFast) have all nine taps in a block, others up to three of one row.
 template <class N, bool kFast>
 struct WeightTask {
   using S = typename Wide<N>::type;
@@ -1074,7 +1077,7 @@ struct TensorCoreWeightKernel : WeightTask<N, kFast> {
   static constexpr int kTileNumbers = kCopies * kChunk * kPlane / 2;
   static constexpr int kSlots = kGateTiles * kProducts * 4;
   static constexpr int kReduceNumbers = kSlots * kThreads;
-  static constexpr int kBlocksPerMultiprocessor = 4;
+  static constexpr int kBlocksPerMultiprocessor = kGateTiles == 1 ? 4 : 3;
   static constexpr const char* kName = "conv_lstm_bwd_weight_kernel";
   struct Registers {
     float sum[kGateTiles][kProducts][4] = {};
@@ -1167,7 +1170,7 @@ struct TensorCoreWeightKernel : WeightTask<N, kFast> {
     for (int y = thread / kWarp; y < kTileY; y += kWarps) {
       if (at.y + y >= shape.height) break;  // the same for all lanes of a warp
       const N* row = gates + (at.y + y) * shape.width + at.x;
-      VSOD_UNROLL
+      VSOD_ROLLED
       for (int x0 = 0; x0 < kTileX; x0 += 16) {
         VSOD_UNROLL
         for (int j = 0; j < kGateTiles; ++j) {
@@ -1202,10 +1205,11 @@ struct TensorCoreWeightKernel : WeightTask<N, kFast> {
 };
 
 template <class N, bool kFast, int kGateTiles>
-using WeightKernel = std::conditional_t<kTensorCores<N>, TensorCoreWeightKernel<N, kFast, kGateTiles>,
-                                        FmaWeightKernel<N, kFast, kGateTiles>>;
+using WeightKernel =
+    std::conditional_t<kTensorCores<N>, TensorCoreWeightKernel<N, kFast, kGateTiles>,
+                       FmaWeightKernel<N, kFast, kGateTiles>>;
 
-// ---- peephole gradient and the sum of partial sums -----------------------------------------------
+// ---- peephole gradient and the sum of partial sums ----------------------------------------------
 
 // Sums di c_{t-1}, df c_{t-1}, do c_t over samples and steps.  (3, M, H, W): a thread a pixel,
 // partial (1, 3 M H W).  (3, M): a block sums `per_block` pixels, partial (chunks, 3 M).
