@@ -27,7 +27,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CPU_OPS = ["shunted_attention"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
+CPU_OPS = ["shunted_attention", "conv_lstm"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
 CUDA_OPS = ["conv_lstm"]  # csrc/<op>/cuda.cu
 ON_HOST = ["conv_lstm"]  # csrc/<op>/cuda_on_host.cpp: CUDA kernels run on the CPU, for tests
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
@@ -78,7 +78,7 @@ def cuda_architectures(nvcc: Path) -> list[str]:
     for i, name in enumerate(names):
         if not (match := re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", name)):
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST: {name!r} is no architecture; write for example 9.0 or 9.0+PTX"
+                f"TORCH_CUDA_ARCH_LIST: {name!r} is no architecture; it takes 9.0 or 9.0+PTX"
             )
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")

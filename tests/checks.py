@@ -35,7 +35,9 @@ def attention_inputs(
         if layout == "permuted":
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
         elif layout == "sliced":
-            buffer = torch.full([2 * n + 1 for n in shape], float("nan"), dtype=dtype, device=device)
+            buffer = torch.full(
+                [2 * n + 1 for n in shape], float("nan"), dtype=dtype, device=device
+            )
             view = buffer[1::2, 1::2, 1::2, 1::2]
             x = view.copy_(x)
         return x.detach().requires_grad_(requires_grad)
@@ -97,9 +99,7 @@ def check_attention(backend, q, keys, values, *, scale=None, grad_layout="contig
         return [t.double() for t in x] if isinstance(x, list) else x.double()
 
     actual = attention_results(ours, q, keys, values, grad_out)
-    eager = attention_results(
-        lambda *x: eager_attention(*x, factor), q, keys, values, grad_out
-    )
+    eager = attention_results(lambda *x: eager_attention(*x, factor), q, keys, values, grad_out)
     oracle = attention_results(
         lambda *x: eager_attention(*x, factor), double(q), double(keys), double(values), grad_out
     )
@@ -144,4 +144,3 @@ def attention_sweep_case(index, dtypes):
         "layout": pick(ATTENTION_LAYOUTS),
         "seed": index,
     }
-

@@ -4,7 +4,10 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--sweep", type=int, default=12, help="random cases an op and backend (thousands for a soak)"
+        "--sweep",
+        type=int,
+        default=12,
+        help="random cases an op and backend (thousands for a soak)",
     )
 
 

@@ -86,7 +86,10 @@ def run_build(tmp_path, mode, path=None):
         env["PATH"] = str(path)
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=source, env=env, capture_output=True, text=True,
+        cwd=source,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     return source, done
 

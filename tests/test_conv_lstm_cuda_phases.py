@@ -1,5 +1,5 @@
-"""The CUDA kernels of conv_lstm with their phases run on the CPU: the same code as on a GPU, but for
-the launch and the barriers."""
+"""The CUDA kernels of conv_lstm with their phases run on the CPU: the same code as on a GPU, but
+for the launch and the barriers."""
 
 import pytest
 import torch

@@ -17,7 +17,9 @@ from vsod_ops.backends import compiled_module
 HAS_CPU = not isinstance(compiled_module("_cpu"), str)
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="the CPU module is not built")),
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="the CPU module is not built")
+    ),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OP = torch.ops.vsod_ops.shunted_attention.default
@@ -105,9 +107,7 @@ def test_unneeded_gradients_cost_no_memory():
 
 def test_double_backward_is_a_clear_error():
     q, keys, values = small(requires_grad=True)
-    (dq,) = torch.autograd.grad(
-        shunted_attention(q, keys, values).sum(), q, create_graph=True
-    )
+    (dq,) = torch.autograd.grad(shunted_attention(q, keys, values).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no double backward"):
         dq.sum().backward()
 
@@ -133,7 +133,8 @@ def test_compile_forward_and_backward_without_graph_breaks(dynamic):
             results = []
             for f in (compiled, lambda q, k, v: shunted_attention(q * 2, k, v, return_lse=True)):
                 q, keys, values = (
-                    x.detach().requires_grad_() if isinstance(x, torch.Tensor)
+                    x.detach().requires_grad_()
+                    if isinstance(x, torch.Tensor)
                     else [t.detach().requires_grad_() for t in x]
                     for x in inputs
                 )
@@ -196,8 +197,9 @@ def test_nan_and_inf_stay_in_their_rows(backend, dtype):
     q[0, 0, 3, 2] = math.nan
     q[0, 1, 7, 0] = math.inf
     out, lse = shunted_attention(q, keys, values, return_lse=True, backend=backend)
-    expected, expected_lse = eager_attention(q.double(), [k.double() for k in keys],
-                                             [v.double() for v in values], 0.25)
+    expected, expected_lse = eager_attention(
+        q.double(), [k.double() for k in keys], [v.double() for v in values], 0.25
+    )
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(lse.isnan(), expected_lse.isnan())
     bad = out.isnan().any(-1)
@@ -230,9 +232,7 @@ def test_minus_inf_scores(backend, dtype):
 def test_unusual_scales(backend, scale):
     q, keys, values = attention_inputs(1, (1, 1), 20, (300, 5), 16, torch.float64)
     leaves = [x.requires_grad_() for x in (q, *keys, *values)]
-    out, lse = shunted_attention(
-        q, keys, values, scale=scale, return_lse=True, backend=backend
-    )
+    out, lse = shunted_attention(q, keys, values, scale=scale, return_lse=True, backend=backend)
     expected, expected_lse = eager_attention(q, keys, values, scale)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse.float())
@@ -314,8 +314,11 @@ BAD_CALLS = [
     (lambda: change(backend="metal"), ValueError, "backend must be None or one of"),
     (lambda: change(backend="cuda"), ValueError, "backend 'cuda' cannot run"),
     (
-        lambda: {"q": torch.zeros(1, 1, 2, 257), "keys": [torch.zeros(1, 1, 2, 257)],
-                 "values": [torch.zeros(1, 1, 2, 257)]},
+        lambda: {
+            "q": torch.zeros(1, 1, 2, 257),
+            "keys": [torch.zeros(1, 1, 2, 257)],
+            "values": [torch.zeros(1, 1, 2, 257)],
+        },
         ValueError,
         "head_dim 257; it must be from 1 to 256",
     ),
@@ -360,7 +363,9 @@ def test_expanded_inputs(backend):
 
 
 def test_two_threads_at_once():
-    inputs = [attention_inputs(1, (1, 1), 200, (300, 50), 32, torch.float32, seed=s) for s in (1, 2)]
+    inputs = [
+        attention_inputs(1, (1, 1), 200, (300, 50), 32, torch.float32, seed=s) for s in (1, 2)
+    ]
     expected = [shunted_attention(*x) for x in inputs]
     failures = []
 

@@ -29,7 +29,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s['queries']}x{s['lengths']}x{s['head_dim']}")
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda s: f"{s['queries']}x{s['lengths']}x{s['head_dim']}"
+)
 def test_error_rule(shape, dtype):
     check_attention("cpu", *attention_inputs(**shape, dtype=dtype))
 
@@ -103,7 +105,11 @@ def test_other_levels(level):
 
 def test_unknown_level_is_refused():
     done = subprocess.run(
-        [sys.executable, "-c", "from vsod_ops import backends; print(backends.compiled_module('_cpu'))"],
+        [
+            sys.executable,
+            "-c",
+            "from vsod_ops import backends; print(backends.compiled_module('_cpu'))",
+        ],
         env=os.environ | {"VSOD_OPS_SIMD": "mmx"},
         capture_output=True,
         text=True,

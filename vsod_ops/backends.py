@@ -47,9 +47,7 @@ def _triton_missing() -> str | None:
     return None
 
 
-def why_not(
-    name: str, support: Support, device_type: str, dtype: torch.dtype
-) -> str | None:
+def why_not(name: str, support: Support, device_type: str, dtype: torch.dtype) -> str | None:
     """Why backend `name` cannot take tensors of this device and dtype; None if it can."""
     if name not in support:
         return "this op has no such backend"

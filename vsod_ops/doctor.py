@@ -59,7 +59,9 @@ def report() -> str:
         f"  CPU threads: {torch.get_num_threads()}",
         f"  GPU: {_gpu_line()}",
     ]
-    settings = [f"{k}={v}" for k, v in os.environ.items() if k in ("VSOD_OPS_SIMD", "TRITON_INTERPRET")]
+    settings = [
+        f"{k}={v}" for k, v in os.environ.items() if k in ("VSOD_OPS_SIMD", "TRITON_INTERPRET")
+    ]
     if settings:
         lines.append("  set: " + ", ".join(settings))
     for name, support in OPS.items():

@@ -619,6 +619,8 @@ struct Backward {
     const int64_t key_columns = round_up(keys, kColumns), key_rows = round_up(keys, kTileRows);
     const int64_t key_depth = ceil_div(keys, Op::kDepthStep);
     const int64_t head = group.first_head + task.h, stride = padded_dim;
+    // The softmax of a single key is constant: dQ and dK are zero, not the noise of dP - delta.
+    const Number scale = group.length == 1 ? 0 : Number(p.scale);
     constexpr bool kPairs = Op::kDepthStep == 2;
 
     const int64_t staged_rows = kKeys > kQueries ? kKeys : kQueries;
@@ -700,8 +702,7 @@ struct Backward {
               });
       if (need_ds)
         for (int64_t j = 0; j < keys; j += kColumns) {
-          // The softmax of a single key is constant: its dS is zero, not the noise of dP - delta.
-          const int valid = group.length == 1 ? 0 : int(smaller(kColumns, keys - j));
+          const int valid = int(smaller(kColumns, keys - j));
           for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
             tile_product<Op, 1, kTileRows>(
                 do_panels + i0 * depth, v_panels + j * depth, kColumns, depth,
@@ -743,13 +744,13 @@ struct Backward {
         if (task.block + 1 == key_blocks(group)) {
           Storage* dq = head_data<Storage>(p.dq, task.b, head) + first * p.dq.strides.n;
           for (int64_t i = 0; i < queries; ++i)
-            write_row<Storage, Number>(dq_sum + i * stride, Number(p.scale), p.head_dim,
+            write_row<Storage, Number>(dq_sum + i * stride, scale, p.head_dim,
                                        dq + i * p.dq.strides.n, p.dq.strides.d);
         }
       }
     }
 
-    write_head_rows(need_dk, group.dk, task, first_key, keys, dk_sum, Number(p.scale));
+    write_head_rows(need_dk, group.dk, task, first_key, keys, dk_sum, scale);
     write_head_rows(need_dv, group.dv, task, first_key, keys, dv_sum, Number(1));
   }
 

@@ -46,7 +46,8 @@ def conv_lstm(
         weight_peephole: (3, M), one weight a channel, or (3, M, H, W), one a pixel too; rows i,
             f, o.
         dilation: of both convolutions.
-        recompute: keep only h and c for the backward, which computes the gates again.
+        recompute: keep only h and c for the backward, which computes the gates again.  A CPU
+            does so anyway for few channels, where it is no slower.
         backend: "cpu", "cuda", "triton" or "reference"; None takes the fastest that can run
             (``python -m vsod_ops.doctor`` says which).
 
@@ -116,7 +117,7 @@ def _conv_lstm(
 
     save = op.SAVE_NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, c)):
-        save = op.SAVE_CELLS if recompute else op.SAVE_GATES
+        save = op.what_to_save(x, weight_hh.shape[1], recompute, backend)
     out, c_last, _, _ = op.conv_lstm(
         x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend
     )

@@ -32,7 +32,11 @@ from . import reference
 
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
-SUPPORT: backends.Support = {"cuda": _FLOATS, "reference": _FLOATS | {torch.float64}}
+SUPPORT: backends.Support = {
+    "cpu": _FLOATS | {torch.float64},
+    "cuda": _FLOATS,
+    "reference": _FLOATS | {torch.float64},
+}
 CUDA_CHANNELS = 32  # most input and hidden channels of the "cuda" backend
 
 SAVE_NOTHING, SAVE_CELLS, SAVE_GATES = 0, 1, 2  # what forward keeps for the backward
@@ -59,9 +63,23 @@ _lib.define("conv_lstm_cuda" + _FORWARD.format(""))  # csrc/conv_lstm/cuda.cu
 _lib.define("conv_lstm_backward_cuda" + _BACKWARD.format(""))
 _lib.define("conv_lstm_cuda_on_host" + _FORWARD.format(", bool reverse"))  # cuda_on_host.cpp
 _lib.define("conv_lstm_backward_cuda_on_host" + _BACKWARD.format(", int window, bool reverse"))
+_lib.define("conv_lstm_activate_cpu(Tensor x) -> (Tensor sigmoid, Tensor tanh)")  # for tests
 
 conv_lstm = torch.ops.vsod_ops.conv_lstm.default
 _conv_lstm_backward = torch.ops.vsod_ops.conv_lstm_backward.default
+
+
+# Up to this many planes C + M, computing the gates again costs a CPU no more than writing them to
+# fresh memory and reading them back (docs/conv_lstm.md).
+_CPU_RECOMPUTES_UP_TO = 24
+
+
+def what_to_save(x: Tensor, hidden: int, recompute: bool, backend: str | None) -> int:
+    """What a forward that needs a backward keeps."""
+    on_cpu = x.device.type == "cpu" and backend in (None, "cpu")
+    if recompute or (on_cpu and x.shape[2] + hidden <= _CPU_RECOMPUTES_UP_TO):
+        return SAVE_CELLS
+    return SAVE_GATES
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,6 +134,11 @@ def _backward(
         return torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
     if chosen == "cuda":
         return torch.ops.vsod_ops.conv_lstm_backward_cuda(*grads, *inputs, *kept, dilation, needs)
+        wide = torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
+        return tuple(
+            g.to(t.dtype) if need else x.new_empty(0)
+            for g, t, need in zip(wide, inputs, needs, strict=True)
+        )
     return reference.backward(*grads, *inputs, *kept, dilation, needs)
 
 

@@ -95,13 +95,9 @@ def _check(
             if x.shape[3] != head_dim:
                 raise ValueError(f"{name} has head_dim {x.shape[3]} but q has {head_dim}")
         if k.shape[1] != v.shape[1]:
-            raise ValueError(
-                f"keys[{g}] has {k.shape[1]} heads but values[{g}] has {v.shape[1]}"
-            )
+            raise ValueError(f"keys[{g}] has {k.shape[1]} heads but values[{g}] has {v.shape[1]}")
         if k.shape[2] != v.shape[2]:
-            raise ValueError(
-                f"keys[{g}] has length {k.shape[2]} but values[{g}] has {v.shape[2]}"
-            )
+            raise ValueError(f"keys[{g}] has length {k.shape[2]} but values[{g}] has {v.shape[2]}")
         if k.shape[1] == 0:
             raise ValueError(f"keys[{g}] has no heads; leave an empty group out")
         if k.shape[2] == 0:

@@ -5,7 +5,6 @@ never baked into a traced graph.  Compiled backends are ops of their own, with t
 """
 
 import torch
-from torch import Tensor
 
 from .. import backends
 from . import reference
@@ -53,9 +52,7 @@ def _forward(q, keys, values, scale, backend):
     return reference.forward(q, keys, values, scale)
 
 
-def _backward(
-    grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend
-):
+def _backward(grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend):
     chosen = _choose(backend, q)
     tensors = (grad_out, q, keys, values, out, lse, scale)
     needs = (need_q, need_keys, need_values)
@@ -114,7 +111,13 @@ def _autograd(ctx, grad_out, _grad_lse):
     def wanted(grads, needs):
         return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
-    return dq if need_q else None, wanted(dkeys, need_keys), wanted(dvalues, need_values), None, None
+    return (
+        dq if need_q else None,
+        wanted(dkeys, need_keys),
+        wanted(dvalues, need_values),
+        None,
+        None,
+    )
 
 
 def _double_backward(ctx, *grads):
@@ -133,6 +136,4 @@ for _name, _kernel, _fake in (
 torch.library.register_autograd(
     "vsod_ops::shunted_attention", _autograd, setup_context=_setup_context, lib=_lib
 )
-torch.library.register_autograd(
-    "vsod_ops::shunted_attention_backward", _double_backward, lib=_lib
-)
+torch.library.register_autograd("vsod_ops::shunted_attention_backward", _double_backward, lib=_lib)

@@ -1,0 +1,704 @@
+"""`python -m benchmarks attention`: shunted_attention against everything a user could call instead.
+
+Each rival is checked against the float64 reference before it is timed; one that is wrong, fails or
+cannot run here is listed with its reason.  Forward runs without gradients; forward + backward
+returns the gradients of q, keys and values; backward is the difference of the two medians.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsod_ops import backends
+from vsod_ops.shunted_attention import op
+
+from . import BadInput, measure
+from .attention_rivals import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    OURS,
+    RIVALS,
+    Attention,
+    Case,
+    Inputs,
+    Oracle,
+    Rival,
+    Skipped,
+    Wrong,
+    dtype_name,
+    ours,
+)
+
+PAPER = [((1, 5, 28, 28), (4, 128)), ((1, 5, 14, 14), (8, 64))]  # VGG16 stages 4, 5 at 224x224
+HEADS = [(4, 128), (8, 64)]
+SWEEP_SHAPES = [(1, 5, 7, 7), (1, 5, 14, 14), (1, 5, 28, 28), (1, 5, 56, 56), (1, 20, 56, 56)]
+AS_CALLED, IN_GRAPH = "as called", "CUDA graph"
+WARM_UP_LIMIT = 5.0  # seconds; no extra call before the check of what is expected to take longer
+MAX_COPIES = 64  # of the inputs, to rotate past a GPU's L2 cache
+
+
+# ---- measuring one case
+
+
+class Bench:
+    """Measures cases; remembers rates reached, to leave out what would take too long."""
+
+    def __init__(
+        self,
+        rivals: Mapping[str, Rival],
+        *,
+        seconds: float,
+        limit: float,
+        slow: Mapping[torch.dtype, float],
+        step: Callable[[str], None],
+    ) -> None:
+        self.rivals = rivals
+        self.seconds = seconds
+        self.limit = limit
+        self.slow = slow  # FLOP/s that the slowest rival is expected to reach
+        self.step = step  # called with what is about to run
+        self.rates: dict[tuple, float] = {}  # (rival, dtype, direction) -> FLOP/s reached
+        self.memory: dict[tuple, tuple[int, int]] = {}  # the same -> peak bytes, scores then
+        self.failures: list[str] = []  # of ours
+
+    def run(self, case: Case, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Rows of results, and rival (and direction) -> why it was left out."""
+        oracle = Oracle.of(inputs)
+        built, left_out = self._build(case)
+        rows: list[dict[str, Any]] = []
+        for direction in (FORWARD, BOTH):
+            seconds: dict[str, float] = {}
+            memory: dict[str, int | None] = {}
+            for name in list(built):
+                self.step(f"check {self.rivals[name].label}, {direction}")
+                try:
+                    seconds[name], memory[name] = self._check(
+                        name, case, built[name], oracle, direction
+                    )
+                except Exception as error:
+                    known = isinstance(error, (Wrong, Skipped))
+                    left_out[f"{name}, {direction}"] = (
+                        str(error) if known else measure.reason(error)
+                    )
+                    if name == OURS and not isinstance(error, Skipped):
+                        why = left_out[f"{name}, {direction}"]
+                        self.failures.append(f"{case.label}, {direction}: {why}")
+                    if isinstance(error, Wrong):  # wrong once: nothing of it counts
+                        rows = [row for row in rows if row["rival"] != name]
+                        del built[name]
+            checked = {name: built[name] for name in memory if name in built}
+            for mode in (AS_CALLED, IN_GRAPH) if case.device.type == "cuda" else (AS_CALLED,):
+                self.step(f"time {direction}, {mode}")
+                works = self._works(checked, inputs, direction, mode, left_out)
+                expected = None  # on a GPU one call says little about a sample, which is many
+                if case.device.type == "cpu":
+                    expected = sum(seconds[name] for name in works)
+                timings = measure.interleave(works, self.seconds, case.device, expected)
+                for name, timing in timings.items():
+                    rate = case.flops(direction) / timing.median
+                    self.rates[name, case.dtype, direction] = rate
+                    rows.append(
+                        {
+                            "rival": name,
+                            "label": self.rivals[name].label,
+                            "direction": direction,
+                            "mode": mode,
+                            **{f"{k}_s": v for k, v in vars(timing).items() if k != "repeats"},
+                            "repeats": timing.repeats,
+                            "peak_extra_bytes": memory[name] if mode == AS_CALLED else None,
+                        }
+                    )
+        rows += _derived_backward(rows)
+        _compare(case, rows)
+        return rows, left_out
+
+    def _build(self, case: Case) -> tuple[dict[str, Attention], dict[str, str]]:
+        # Each case compiles the same functions: start afresh, or torch stops at its limit (and in
+        # 2.15 FlexAttention's second dynamic compilation on a CPU is invalid C++).
+        torch.compiler.reset()
+        built, left_out = {}, {}
+        for name, rival in self.rivals.items():
+            if case.device.type not in rival.devices:
+                left_out[name] = f"does not run on {case.device.type}"
+                continue
+            try:
+                built[name] = rival.build(case)
+            except Exception as error:
+                left_out[name] = measure.reason(error)
+        return built, left_out
+
+    def _check(
+        self, name: str, case: Case, attention: Attention, oracle: Oracle, direction: str
+    ) -> tuple[float, int | None]:
+        """Check one rival; return its seconds and its peak extra memory in bytes."""
+        rival = self.rivals[name]
+        if direction == BOTH and case.device.type not in rival.backward_devices:
+            raise Skipped(f"no backward on {case.device.type}")
+        expected = self._skip_if_too_much(name, case, direction)
+        call = oracle.inputs.call(attention, direction)
+        if rival.compiled or expected < WARM_UP_LIMIT:
+            call()  # compiles, tunes, sets up libraries: not part of the memory of one call
+        results, seconds, peak = measure.call_and_peak(call, case.device)
+        oracle.check(results)
+        if seconds > self.limit:
+            raise Skipped(f"one call took more than {self.limit:g} s")
+        if peak is not None:
+            self.memory[name, case.dtype, direction] = peak, sum(case.scores)
+        return seconds, peak
+
+    def _skip_if_too_much(self, name: str, case: Case, direction: str) -> float:
+        """Raise Skipped where memory or time would not do; else return the expected seconds."""
+        key = (name, case.dtype, direction)
+        materialises = self.rivals[name].materialises
+        needed = 0.0
+        if key in self.memory:  # grows like the scores at most, like their root where none is kept
+            peak, scores = self.memory[key]
+            needed = peak * (sum(case.scores) / scores) ** (1 if materialises else 0.5)
+        elif materialises:
+            buffers = max(case.scores) * (2 if direction == FORWARD else 3)
+            if direction == BOTH:  # the probabilities of every group wait for the backward
+                buffers += sum(case.scores)
+            needed = buffers * case.dtype.itemsize
+        if needed > 0.8 * measure.free_memory(case.device):
+            raise Skipped("might need more memory than there is")
+        expected = case.flops(direction) / self.rates.get(key, self.slow[case.dtype])
+        if expected > self.limit:
+            raise Skipped(f"one call is expected to take more than {self.limit:g} s")
+        return expected
+
+    def _works(
+        self,
+        built: Mapping[str, Attention],
+        inputs: Inputs,
+        direction: str,
+        mode: str,
+        left_out: dict[str, str],
+    ) -> dict[str, measure.Work]:
+        copies = [inputs]
+        if inputs.q.device.type == "cuda":
+            cache = torch.cuda.get_device_properties(inputs.q.device).L2_cache_size
+            count = min(-(-2 * cache // inputs.bytes), MAX_COPIES)
+            copies += [inputs.copy() for _ in range(count - 1)]
+        works = {}
+        for name, attention in built.items():
+            calls = [x.call(attention, direction) for x in copies]
+            if mode == IN_GRAPH:
+                try:
+                    works[name] = measure.cuda_graph(calls)
+                except Exception as error:
+                    left_out[f"{name}, {direction}, {mode}"] = measure.reason(error)
+                continue
+            works[name] = measure.one_after_another(calls)
+        return works
+
+
+def _compare(case: Case, rows: Sequence[dict[str, Any]]) -> None:
+    """Add FLOP/s and the speed-up of ours to `rows`."""
+    mine = {(r["direction"], r["mode"]): r["median_s"] for r in rows if r["rival"] == OURS}
+    for row in rows:
+        row["flops"] = case.flops(row["direction"])
+        row["gflops_per_second"] = row["flops"] / row["median_s"] / 1e9
+        ours_s = mine.get((row["direction"], row["mode"]))
+        row["speedup_of_ours"] = None if ours_s is None else row["median_s"] / ours_s
+
+
+def _derived_backward(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Backward = forward + backward less forward, of the medians; it has no percentiles."""
+    forward = {(r["rival"], r["mode"]): r["median_s"] for r in rows if r["direction"] == FORWARD}
+    derived = []
+    for row in rows:
+        before = forward.get((row["rival"], row["mode"]))
+        if row["direction"] == BOTH and before is not None and row["median_s"] > before:
+            derived.append(
+                {
+                    **row,
+                    "direction": BACKWARD,
+                    "median_s": row["median_s"] - before,
+                    "p20_s": None,
+                    "p80_s": None,
+                    "peak_extra_bytes": None,
+                }
+            )
+    return derived
+
+
+# ---- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="BxTxHxW",
+        help="video tokens; may be given more than once (default: 1x5x28x28 with 4 heads of 128 "
+        "and 1x5x14x14 with 8 of 64)",
+    )
+    add("--full", action="store_true", help="the default shapes, each with 4 and with 8 heads")
+    add("--heads", type=_positive, help="number of heads (default: 512 / dim, or 4 and 8)")
+    add("--dim", type=_positive, help="size of one head (default: 512 / heads)")
+    add(
+        "--reductions",
+        type=_reductions,
+        default=((1, 1, 1), (2, 2, 2)),
+        metavar="1,2",
+        help="reduction rate of each head group, r or TxHxW (default: 1,2)",
+    )
+    add(
+        "--dtype",
+        action="append",
+        choices=list(measure.DTYPES),
+        help="may be given more than once (default: float32 and bfloat16)",
+    )
+    add("--device", help="default: cuda where there is a GPU, else cpu")
+    add("--threads", type=_positive, help="CPU threads (default: those of torch)")
+    add("--sweep", action="store_true", help="lengths from 245 to 62,720 tokens, 4 heads of 128")
+    add(
+        "--clip",
+        type=Path,
+        metavar="PATH",
+        help="q, k and v from the frames of a video or of a folder of images, in place of random "
+        "numbers: VGG16 features of stages 4 and 5 through ShuntedAttention's projections",
+    )
+    add("--frames", type=_positive, default=5, help="frames taken from --clip (default: 5)")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="state dict of torchvision's vgg16 for --clip (default: random weights)",
+    )
+    add(
+        "--baselines",
+        type=_baselines,
+        default=tuple(RIVALS),
+        metavar="NAMES",
+        help=f"rivals, separated by commas, out of {', '.join(RIVALS)} (default: all)",
+    )
+    add("--backend", choices=backends.BACKENDS, help="backend of shunted_attention")
+    add("--seconds", type=_seconds, help="time for one case and direction (default: 1; sweep: 10)")
+    add(
+        "--limit",
+        type=_seconds,
+        default=60.0,
+        help="leave a rival out where one call takes more than these seconds (default: 60)",
+    )
+    add("--seed", type=int, default=0)
+    add(
+        "--out",
+        type=Path,
+        default=measure.ROOT / "benchmarks" / "out",
+        help="folder for JSON, CSV and plots (default: benchmarks/out)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return seconds
+
+
+def _sizes(text: str, count: int, form: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, {count} positive whole numbers")
+    return tuple(int(part) for part in parts)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return _sizes(text, 4, "BxTxHxW")
+
+
+def _reductions(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        _sizes(part, 3, "TxHxW") if "x" in part.lower() else (_positive(part),) * 3
+        for part in text.split(",")
+    )
+
+
+def _baselines(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in RIVALS]:
+        there = ", ".join(RIVALS)
+        raise argparse.ArgumentTypeError(f"no baseline {unknown[0]!r}; there are {there}")
+    return names
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    start = time.perf_counter()
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=130)
+    measure.one_heap()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = _device(args.device)
+    dtypes = [measure.DTYPES[name] for name in args.dtype or ("float32", "bfloat16")]
+    ours_runs_on = {}
+    for dtype in dtypes:
+        try:
+            ours_runs_on[dtype] = backends.choose(
+                "shunted_attention", op.SUPPORT, args.backend, device.type, dtype
+            )
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+
+    record = measure.record("attention", device, vars(args))
+    chosen = ", ".join(sorted(set(ours_runs_on.values())))
+    line = record["machine"]["line"]
+    console.print(f"{line}; shunted_attention runs on {chosen}", soft_wrap=True)
+
+    cases = list(_cases(args, device, dtypes))
+    rivals = {OURS: ours(args.backend), **{name: RIVALS[name] for name in args.baselines}}
+    what = TextColumn("{task.description}")
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), what)
+    shown = console.is_terminal
+    progress = Progress(*columns, console=console, transient=True, disable=not shown)
+    with progress as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a rival that cannot run says why in the results
+        task = bar.add_task("peak of the machine", total=len(cases))
+        peaks = {dtype: measure.peak_flops(device, dtype) for dtype in dtypes}
+        bench = Bench(
+            rivals,
+            seconds=args.seconds or (10 if args.sweep else 1),
+            limit=args.limit,
+            slow={dtype: 0.1 * peak["flops_per_second"] for dtype, peak in peaks.items()},
+            step=lambda text: bar.update(task, description=text),
+        )
+        results = []
+        for case, make_inputs in cases:
+            rows, left_out = bench.run(case, make_inputs())
+            results.append(_describe(case, args.seed, ours_runs_on[case.dtype], rows, left_out))
+            again = measure.peak_flops(device, case.dtype)  # the best of several moments
+            peaks[case.dtype] = max(peaks[case.dtype], again, key=lambda p: p["flops_per_second"])
+            for row in rows:
+                peak = peaks[case.dtype]["flops_per_second"] / 1e9
+                row["share_of_peak"] = row["gflops_per_second"] / peak
+            if rows:
+                console.print(_table(results[-1]))
+            bar.advance(task)
+
+    document = {
+        **record,
+        "peak": {dtype_name(dtype): peak for dtype, peak in peaks.items()},
+        "seconds_total": round(time.perf_counter() - start, 1),
+        "load_average": measure.load_average(),
+        "cases": results,
+    }
+    flat = [
+        {k: v for k, v in case.items() if k not in ("rows", "left_out")} | row
+        for case in results
+        for row in case["rows"]
+    ]
+    stem = _stem(args)
+    paths = measure.write_results(document, flat, args.out, stem) + plot(document, args.out, stem)
+    console.print(_summary_table(document))
+    for text in _left_out(document):
+        console.print(f"left out: {text}", soft_wrap=True)
+    for name, peak in document["peak"].items():
+        rate = peak["flops_per_second"] / 1e9
+        console.print(f"peak {name}: {rate:.0f} GFLOP/s ({peak['how']})")
+    console.print(f"wrote {', '.join(path.name for path in paths)} to {args.out}", soft_wrap=True)
+    console.print(f"{document['seconds_total']:.0f} s in all")
+    for failure in bench.failures:
+        console.print(f"shunted_attention FAILED: {failure}", style="red", soft_wrap=True)
+    return 1 if bench.failures else 0
+
+
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise BadInput(f"--device {text!r} is no device; take cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {text!r} is not supported; take cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch finds no GPU here")
+    return device
+
+
+def _cases(
+    args: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[Case, Callable[[], Inputs]]]:
+    """Each case with what makes its inputs."""
+    if sum(map(bool, (args.shape, args.full, args.sweep, args.clip))) > 1:
+        raise BadInput("take one of --shape, --full, --sweep and --clip")
+    if args.weights and not args.clip:
+        raise BadInput("--weights is for --clip")
+    if args.heads and args.dim:
+        heads = [(args.heads, args.dim)]
+    elif args.heads or args.dim:
+        given = args.heads or args.dim
+        if 512 % given:
+            raise BadInput(f"512 is not divisible by {given}: give both --heads and --dim")
+        heads = [(args.heads or 512 // given, args.dim or 512 // given)]
+    else:
+        heads = HEADS[:1] if args.sweep else HEADS
+    for count, _ in heads:
+        if count % len(args.reductions):
+            raise BadInput(f"{count} heads cannot be shared by {len(args.reductions)} reductions")
+
+    def case(shape: tuple, pair: tuple[int, int], dtype: torch.dtype, source: str) -> Case:
+        return Case(shape, *pair, args.reductions, dtype, device, source)
+
+    if not args.clip:
+        shapes = SWEEP_SHAPES if args.sweep else args.shape or [shape for shape, _ in PAPER]
+        problems = [(shape, pair) for shape in shapes for pair in heads]
+        if not (args.shape or args.full or args.sweep or args.heads or args.dim):
+            problems = PAPER
+        for shape, pair in problems:
+            for dtype in dtypes:
+                one = case(shape, pair, dtype, "random")
+                yield one, lambda one=one: Inputs.random(one, args.seed)
+        return
+
+    from . import clip
+
+    for count, size in heads:
+        if count * size != clip.CHANNELS:
+            raise BadInput(
+                f"--clip has {clip.CHANNELS} channels; {count} heads of {size} do not fit"
+            )
+    frames = clip.read_frames(args.clip, args.frames)
+    for level, x in clip.vgg16_maps(frames, args.weights, args.seed).items():
+        for pair in heads:
+            projected = clip.project(x, pair[0], args.reductions, args.seed)
+            for dtype in dtypes:
+                one = case(tuple(x.shape[:4]), pair, dtype, f"{args.clip.name}, VGG16 {level}")
+                yield one, lambda one=one, projected=projected: Inputs.of(one, projected)
+
+
+def _left_out(document: Mapping[str, Any]) -> list[str]:
+    """Who was left out and why, each once, with the cases where it is not all of them."""
+    cases: dict[str, list[str]] = {}
+    for case in document["cases"]:
+        for name, why in case["left_out"].items():
+            cases.setdefault(f"{name}: {why}", []).append(case["label"])
+    every = len(document["cases"])
+    return [
+        text if len(labels) == every else f"{text} (at {'; '.join(labels)})"
+        for text, labels in cases.items()
+    ]
+
+
+def _stem(args: argparse.Namespace) -> str:
+    if args.clip:
+        return f"attention-clip-{args.clip.stem}"
+    return "attention-sweep" if args.sweep else "attention"
+
+
+def _describe(
+    case: Case, seed: int, backend: str, rows: list[dict[str, Any]], left_out: dict[str, str]
+) -> dict[str, Any]:
+    return {
+        "label": case.label,
+        "source": case.source,
+        "seed": seed,
+        "shape": list(case.shape),
+        "queries": case.queries,
+        "heads": case.heads,
+        "head_dim": case.head_dim,
+        "heads_per_group": case.group_heads,
+        "reductions": [list(r) for r in case.reductions],
+        "key_counts": case.key_counts,
+        "dtype": dtype_name(case.dtype),
+        "device": case.device.type,
+        "backend": backend,
+        "rows": rows,
+        "left_out": left_out,
+    }
+
+
+# ---- tables and plots, all from the results document
+
+
+def _table(case: Mapping[str, Any]) -> Any:
+    """All rows of one case, as a rich table."""
+    from rich.table import Table
+
+    title = case["label"] if case["source"] == "random" else f"{case['label']}, {case['source']}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("median", "p20 to p80", "samples", "GFLOP/s", "of peak", "ours is", "memory"):
+        table.add_column(name, justify="right")
+    sections = {(row["direction"], row["mode"]) for row in case["rows"]}
+    order = (FORWARD, BACKWARD, BOTH)
+    for direction, mode in sorted(sections, key=lambda s: (order.index(s[0]), s[1])):
+        table.add_section()
+        name = direction if case["device"] == "cpu" else f"{direction}, {mode}"
+        table.add_row(name + (", derived" if direction == BACKWARD else ""), style="bold italic")
+        for row in case["rows"]:
+            if (row["direction"], row["mode"]) != (direction, mode):
+                continue
+            spread = ""
+            if row["p20_s"] is not None:
+                ends = (row["p20_s"], row["p80_s"])
+                spread = " to ".join(measure.seconds_text(x) for x in ends)
+            ratio = row["speedup_of_ours"]
+            table.add_row(
+                row["label"],
+                measure.seconds_text(row["median_s"]),
+                spread,
+                str(row["repeats"]),
+                f"{row['gflops_per_second']:.0f}",
+                f"{row['share_of_peak']:.0%}",
+                "" if ratio is None or row["rival"] == OURS else f"{ratio:.2f}x",
+                measure.bytes_text(row["peak_extra_bytes"]),
+                style="green" if row["rival"] == OURS else None,
+            )
+    return table
+
+
+SUMMARY_COLUMNS = (
+    "case",
+    "direction",
+    "ours",
+    "of peak",
+    "vs SDPA",
+    "vs best rival",
+    "memory",
+    "of SDPA",
+)
+
+
+def _summary(document: Mapping[str, Any]) -> list[list[str]]:
+    """One row a case and direction: ours against SDPA a group + cat and against the best rival."""
+    rows = []
+    for case in document["cases"]:
+        sections = dict.fromkeys((row["direction"], row["mode"]) for row in case["rows"])
+        for direction, mode in sections:
+            found = {
+                row["rival"]: row
+                for row in case["rows"]
+                if (row["direction"], row["mode"]) == (direction, mode)
+            }
+            ours = found.pop(OURS, None)
+            if ours is None or direction == BACKWARD:
+                continue
+            best = min(found.values(), key=lambda row: row["median_s"], default=None)
+            sdpa = found.get("sdpa")
+            rows.append(
+                [
+                    case["label"],
+                    direction if case["device"] == "cpu" else f"{direction}, {mode}",
+                    measure.seconds_text(ours["median_s"]),
+                    f"{ours['share_of_peak']:.0%}",
+                    f"{sdpa['speedup_of_ours']:.2f}x" if sdpa else "",
+                    f"{best['speedup_of_ours']:.2f}x {best['label']}" if best else "",
+                    measure.bytes_text(ours["peak_extra_bytes"]),
+                    measure.bytes_text(sdpa["peak_extra_bytes"]) if sdpa else "",
+                ]
+            )
+    return rows
+
+
+def _summary_table(document: Mapping[str, Any]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = "shunted_attention against the rest"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for i, name in enumerate(SUMMARY_COLUMNS):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in _summary(document):
+        table.add_row(*row)
+    return table
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The summary of one results document, as a Markdown table."""
+    lines = ["| " + " | ".join(SUMMARY_COLUMNS) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(SUMMARY_COLUMNS) - 2))
+    lines += ["| " + " | ".join(row) + " |" for row in _summary(document)]
+    peaks = ", ".join(
+        f"{name} {peak['flops_per_second'] / 1e9:,.0f} GFLOP/s ({peak['how']})"
+        for name, peak in document["peak"].items()
+    )
+    sources = ", ".join(dict.fromkeys(case["source"] for case in document["cases"]))
+    left_out = "; ".join(_left_out(document)) or "nobody"
+    note = f"Inputs: {sources}. Measured peak: {peaks}. Left out: {left_out}."
+    return "\n".join([*lines, "", note])
+
+
+def plot(document: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
+    """Speed and memory of every rival: over length from three lengths on, else as bars."""
+    lengths = {case["queries"] for case in document["cases"]}
+    mode = AS_CALLED if document["machine"]["device"] == "cpu" else IN_GRAPH
+    lines = len(lengths) >= 3
+    speed, memory = [], []
+    for heads in dict.fromkeys((c["heads"], c["head_dim"]) for c in document["cases"]):
+        for dtype, peak in document["peak"].items():
+            for direction in (FORWARD, BOTH):
+                rows = [
+                    (case, row)
+                    for case in document["cases"]
+                    for row in case["rows"]
+                    if case["dtype"] == dtype and row["direction"] == direction
+                    and (not lines or (case["heads"], case["head_dim"]) == heads)
+                ]  # fmt: skip
+                title = f"{dtype}, {direction}" + (f", {heads[0]} x {heads[1]}" if lines else "")
+                x = _x_number if lines else _x_name
+                timed = [(case, row) for case, row in rows if row["mode"] == mode]
+                speed.append(
+                    measure.Panel(
+                        title,
+                        _series(timed, x, "median_s", 1e3)
+                        if lines
+                        else _series(timed, x, "gflops_per_second", 1),
+                        None if lines else peak["flops_per_second"] / 1e9,
+                    )
+                )
+                known = [(case, row) for case, row in rows if row["peak_extra_bytes"] is not None]
+                memory.append(measure.Panel(title, _series(known, x, "peak_extra_bytes", 1e-6)))
+        if not lines:
+            break
+    kind = "lines" if lines else "bars"
+    x_label = "tokens N" if lines else ""
+    line = document["machine"]["line"]
+    paths = measure.plot(
+        speed, folder / f"{stem}-{'time' if lines else 'speed'}", kind=kind, x_label=x_label,
+        y_label="ms, lower is better" if lines else "GFLOP/s, higher is better",
+        y_log=lines, title=line, peak_label="measured peak",
+    )  # fmt: skip
+    return paths + measure.plot(
+        memory, folder / f"{stem}-memory", kind=kind, x_label=x_label,
+        y_label="peak extra memory, MB", title=line,
+    )  # fmt: skip
+
+
+def _series(
+    rows: Sequence[tuple[Mapping, Mapping]], x: Callable[[Mapping], Any], field: str, factor: float
+) -> dict[str, list[tuple[Any, float]]]:
+    series: dict[str, list[tuple[Any, float]]] = {}
+    for case, row in rows:
+        series.setdefault(row["label"], []).append((x(case), row[field] * factor))
+    return series
+
+
+def _x_number(case: Mapping[str, Any]) -> int:
+    return case["queries"]
+
+
+def _x_name(case: Mapping[str, Any]) -> str:
+    return f"N = {case['queries']:,}\n{case['heads']} x {case['head_dim']}"

@@ -1,0 +1,479 @@
+"""What every benchmark shares: time, memory, the machine's peak, records and plots.
+
+Rivals run interleaved (one sample of each, then the next round), so that a machine that slows
+down slows all of them.  Outputs are allocated by each call, as a user's calls do.
+"""
+
+import csv
+import ctypes
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsod_ops import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+MIN_REPEATS, MAX_REPEATS = 5, 100
+PATIENCE = 20  # MIN_REPEATS may take this many times the budget before there are fewer of them
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+TIME_METHOD = {
+    "cpu": (
+        "median, 20th and 80th percentile of single calls by the wall clock, rivals interleaved, "
+        "outputs allocated by each call"
+    ),
+    "cuda": (
+        "median, 20th and 80th percentile, rivals interleaved; a sample is one pass over copies of "
+        "the inputs that exceed the L2 cache, between two CUDA events, divided by the copies; as "
+        "called from Python, and as one CUDA graph"
+    ),
+}
+MEMORY_METHOD = {
+    "cpu": (
+        "growth of the process's anonymous resident memory over one call (VmHWM less file pages; "
+        "free heap pages given back and VmHWM reset before it), in a fresh thread, so that scratch "
+        "which a library keeps for each thread counts; outputs included, inputs not"
+    ),
+    "cuda": (
+        "torch.cuda.max_memory_allocated less memory_allocated before the call; outputs "
+        "included, inputs not"
+    ),
+}
+
+
+# ---- time
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sample of a rival runs: `run()` makes `calls` calls of the operator."""
+
+    run: Callable[[], object]
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, 20th and 80th percentile of `repeats` samples."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Timing":
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        return cls(
+            statistics.median(ordered),
+            ordered[round(0.2 * last)],
+            ordered[round(0.8 * last)],
+            len(ordered),
+        )
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `run()` takes, by CUDA events on a GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleave(
+    works: Mapping[str, Work],
+    seconds: float,
+    device: torch.device,
+    expected: float | None = None,
+) -> dict[str, Timing]:
+    """Time all `works` round robin for about `seconds`.
+
+    `expected` seconds of one round, if known, tell whether a round of warm-up is still due: what
+    takes as long as the budget has just been warmed by whoever measured it.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        one_round = expected or 0.0
+        if one_round < seconds / MIN_REPEATS:
+            one_round = sum(seconds_of(work.run, device) for work in works.values())
+        repeats = min(max(int(seconds / max(one_round, 1e-9)), MIN_REPEATS), MAX_REPEATS)
+        if one_round * MIN_REPEATS > PATIENCE * seconds:
+            repeats = max(1, int(PATIENCE * seconds / one_round))
+        samples: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(repeats):
+            for name, work in works.items():
+                samples[name].append(seconds_of(work.run, device) / work.calls)
+    finally:
+        gc.enable()
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def one_after_another(calls: Sequence[Callable[[], object]]) -> Work:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return Work(run, len(calls))
+
+
+def cuda_graph(calls: Sequence[Callable[[], object]]) -> Work:
+    """`calls`, one after another, captured in one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # capture needs a warm-up on a stream that is not the default
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return Work(graph.replay, len(calls))
+
+
+# ---- memory
+
+
+def call_and_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, int | None]:
+    """Run `call()` once: its result, its seconds, and the peak extra memory in bytes.
+
+    MEMORY_METHOD says how; None where the system cannot tell (a CPU without Linux's /proc).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        result = call()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return result, seconds, torch.cuda.max_memory_allocated() - before
+
+    resettable = _reset_peak()
+    before = _memory()["RssAnon"] if resettable else 0
+    result, seconds = _in_fresh_thread(call)
+    if not resettable:
+        return result, seconds, None
+    after = _memory()
+    return result, seconds, max(0, after["VmHWM"] - after["RssFile"] - after["RssShmem"] - before)
+
+
+def one_heap() -> None:
+    """Let all threads allocate from one heap: malloc_trim gives back the end of no other one."""
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
+
+
+def _in_fresh_thread(call: Callable[[], Any]) -> tuple[Any, float]:
+    threads = torch.get_num_threads()
+
+    def timed() -> tuple[Any, float]:
+        torch.set_num_threads(threads)  # OpenMP's setting is one a thread
+        start = time.perf_counter()
+        result = call()
+        return result, time.perf_counter() - start
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(timed).result()
+
+
+def _reset_peak() -> bool:
+    """Give free heap pages back, then set VmHWM to what is resident now."""
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _memory() -> dict[str, int]:
+    """The fields of /proc/self/status that are given in kB, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return {name: int(kb) * 1024 for name, kb in re.findall(r"(\w+):\s+(\d+) kB", status)}
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated on `device`; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if not sys.platform.startswith("linux"):
+        return float("inf")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else float("inf")
+
+
+# ---- the machine
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured on: device, name, vector level or GPU, threads, versions, one line."""
+    threads = torch.get_num_threads()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts: dict[str, Any] = {
+            "name": properties.name,
+            "vector_level": f"sm_{properties.major}{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+    else:
+        module = backends.compiled_module("_cpu")
+        level = torch.backends.cpu.get_cpu_capability().lower()
+        if not isinstance(module, str):  # ours knows bfloat16 levels and VSOD_OPS_SIMD
+            level = module.build_info()["level"]
+        facts = {"name": _cpu_name(), "vector_level": level}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "numpy", "vsod-ops"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    line = (
+        f"{device.type}: {facts['name']}, {facts['vector_level']}, "
+        f"{threads} CPU thread{'s' * (threads > 1)}, torch {torch.__version__}"
+    )
+    return {"line": line, "device": device.type, **facts, "threads": threads, "versions": versions}
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The machine's measured peak: {"flops_per_second", "how"}."""
+    name = str(dtype).removeprefix("torch.")
+    module = backends.compiled_module("_cpu")
+    if device.type == "cpu" and name in ("float32", "bfloat16") and hasattr(module, "peak_flops"):
+        return {"flops_per_second": module.peak_flops(name), "how": "loop of vector FMAs"}
+    sizes = (8192,) if device.type == "cuda" else (1024, 2048)
+    best = 0.0
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        for _ in range(4):
+            best = max(best, 2 * size**3 / seconds_of(lambda a=a, b=b: a @ b, device))
+    return {"flops_per_second": best, "how": "largest matrix product rate of torch"}
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run in the last minute: above the thread count, distrust times."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+# ---- records
+
+
+def record(benchmark: str, device: torch.device, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The head of a results document: what ran, on what, from which commit."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": machine(device),
+        "options": {
+            name: value.name if isinstance(value, Path) else value
+            for name, value in options.items()
+            if name != "command"
+        },
+        "method": {
+            "time": TIME_METHOD[device.type],
+            "memory": MEMORY_METHOD[device.type],
+        },
+    }
+
+
+def _commit() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def reason(error: BaseException) -> str:
+    """One line for the records, without the folders of this machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return re.sub(r"(?<![\w.])(?:/[\w.+@-]+)+/", "", text)[:200]
+
+
+def write_results(
+    document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path, stem: str
+) -> list[Path]:
+    """Write `document` as STEM.json and its flat `rows` as STEM.csv; return both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}.json", folder / f"{stem}.csv"]
+    paths[0].write_text(json.dumps(document, indent=1) + "\n")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with paths[1].open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return paths
+
+
+def bytes_text(count: float | None) -> str:
+    return "" if count is None else f"{count / 1e6:.3g} MB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits, in us, ms or s."""
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+# ---- plots
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.  `series`: label -> points (x, y); x is a name in bar charts."""
+
+    title: str
+    series: Mapping[str, Sequence[tuple[Any, float]]]
+    peak: float | None = None  # a dashed line at this y
+
+
+def plot(
+    panels: Sequence[Panel],
+    path: Path,
+    *,
+    kind: str,
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_log: bool = True,
+    peak_label: str = "",
+    columns: int = 2,
+) -> list[Path]:
+    """Draw `panels` as "lines" (both axes logarithmic) or grouped "bars"; write SVG and PNG.
+
+    The first series is drawn in the strongest colour: ours comes first.  Panels without a point
+    are left out, and nothing is written when there are no others.
+    """
+    panels = [panel for panel in panels if panel.series]
+    if not panels:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.series))
+    palette = ["#c1121f", *_rival_colours(len(labels) - 1)]
+    colours = dict(zip(labels, palette, strict=True))
+    rows = -(-len(panels) // columns)
+    settings = {
+        "font.size": 11, "svg.hashsalt": "vsod-ops", "axes.spines.top": False,
+        "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#dddddd",
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        figure, axes = pyplot.subplots(
+            rows, min(columns, len(panels)), figsize=(5.6 * min(columns, len(panels)), 3.6 * rows),
+            squeeze=False, sharey="all" if y_log else "row", layout="constrained",
+        )  # fmt: skip
+        for ax, panel in zip(axes.flat, panels, strict=False):
+            draw = _draw_lines if kind == "lines" else _draw_bars
+            draw(ax, panel, colours)
+            if panel.peak is not None:
+                ax.axhline(panel.peak, color="#333333", dashes=(4, 3), linewidth=1.2)
+                ax.text(
+                    0.995, panel.peak, peak_label, transform=ax.get_yaxis_transform(),
+                    ha="right", va="bottom", fontsize=9, color="#333333",
+                )  # fmt: skip
+            ax.set_title(panel.title, fontsize=11, loc="left")
+            ax.grid(axis="both" if kind == "lines" else "y")
+            if y_log:
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+                ax.yaxis.set_minor_formatter(NullFormatter())
+        for ax in axes[:, 0]:
+            ax.set_ylabel(y_label)
+        for ax in axes[-1]:
+            ax.set_xlabel(x_label)
+        for ax in axes.flat[len(panels) :]:
+            ax.set_visible(False)
+        handles: dict[str, Any] = {}
+        for ax in axes.flat:
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.legend(
+            [handles[label] for label in labels], labels,
+            loc="outside lower center", ncols=min(4, len(labels)), frameon=False,
+        )  # fmt: skip
+        figure.suptitle(title, fontsize=12)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
+        figure.savefig(paths[0], metadata={"Date": None})
+        figure.savefig(paths[1], dpi=120)
+        pyplot.close(figure)
+    return paths
+
+
+def _rival_colours(count: int) -> list[str]:
+    base = ["#33658a", "#86bbd8", "#6a994e", "#f6ae2d", "#8d6a9f", "#555555"]
+    base += ["#2a9d8f", "#bc6c25", "#a3b18a", "#9a8c98"]
+    return [base[i % len(base)] for i in range(count)]
+
+
+def _draw_lines(ax: Any, panel: Panel, colours: Mapping[str, str]) -> None:
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    ticks: list[Any] = []
+    for order, (label, points) in enumerate(panel.series.items()):
+        x, y = zip(*points, strict=True)
+        ticks += x
+        ax.plot(
+            x, y, marker="o", markersize=4, label=label, color=colours[label],
+            linewidth=2.4 if order == 0 else 1.4, zorder=10 - order,
+        )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(set(ticks)), [f"{x:,}" for x in sorted(set(ticks))])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_bars(ax: Any, panel: Panel, colours: Mapping[str, str]) -> None:
+    names = list(dict.fromkeys(x for points in panel.series.values() for x, _ in points))
+    width = 0.84 / len(panel.series)
+    for order, (label, points) in enumerate(panel.series.items()):
+        x = [names.index(name) + (order + 0.5) * width - 0.42 for name, _ in points]
+        ax.bar(x, [y for _, y in points], width * 0.94, label=label, color=colours[label])
+    ax.set_xticks(range(len(names)), names)

@@ -1,0 +1,53 @@
+// What the host side (cpu.cpp) hands to the kernel of one SIMD level (cpu_kernel.cpp).
+// N is the dtype of x, S that of the cell state (float64 for float64, else float32).
+#pragma once
+
+#include <stdint.h>
+
+namespace vsod {
+namespace conv_lstm {
+
+struct Frames {  // (B, T, channels, H, W) N; null if there is none
+  const void* data;
+  int64_t b, t, c, y, x;  // strides in elements
+};
+
+struct Problem {
+  int64_t batch, steps, channels, hidden, height, width, kernel, dilation;
+  Frames x;
+  const void *h, *c;                   // (B, M, H, W) N and S; null: zeros
+  const void *weight_ih, *weight_hh;   // (4M, C, k, k), (4M, M, k, k) N
+  const void *bias, *peephole;         // (4M,), (3, M[, H, W]) N; null: none
+  bool full_peephole;                  // one weight a pixel
+  void *out, *c_last, *cells, *gates;  // as in op.py; cells, gates null where not kept
+  void* weights;                       // forward_weights() S
+
+  // Backward only.  A null gradient is not needed.
+  Frames grad_out;
+  void* dc;                  // (B, M, H, W) S: in, the gradient of c_T; out, that of c
+  void* dgates[2];           // dgates_elements() S each: even and odd steps
+  void *dx, *dh;             // N
+  void *dweight_ih, *dweight_hh, *dbias, *dpeephole;  // S; a full dpeephole starts as zeros
+  int64_t groups;            // shares of the tiles whose weight gradients are summed apart
+  void* sums;                // groups * group_sums() S, zeros
+  void* backward_weights;    // backward_weights() S
+};
+
+// Runs body(context) once on each thread of torch's pool.
+using Parallel = void (*)(void (*body)(void* context), void* context);
+
+struct Kernel {
+  int64_t (*forward_weights)(const Problem&);   // elements
+  int64_t (*backward_weights)(const Problem&);  // elements
+  int64_t (*dgates_elements)(const Problem&);
+  int64_t (*group_sums)(const Problem&);        // elements
+  int64_t (*groups)(const Problem&);
+  void (*forward)(const Problem&, Parallel);
+  void (*backward)(const Problem&, Parallel);
+  void (*activate)(const void* x, void* sigmoid, void* tanh, int64_t count);  // S; for tests
+};
+
+enum Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kDtypeCount };
+
+}  // namespace conv_lstm
+}  // namespace vsod
