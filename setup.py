@@ -299,7 +299,8 @@ class BuildExtensions(build_ext):
         ]
         for op in CUDA_OPS:
             objects.append(ninja.compile(csrc / op / "cuda.cu", op, str(nvcc), nvcc_flags))
-        link = f'-L"{torch_root / "lib"}" -ltorch_cpu -lc10 -L"{root / libraries[0]}" -lcudart'
+        link = f'-L"{torch_root / "lib"}" -ltorch_cuda -ltorch_cpu -lc10'
+        link += f' -L"{root / libraries[0]}" -lcudart'
         ninja.link(objects, self.target("_cuda"), compiler, link)
         ninja.run(parallel_jobs(gigabytes_each=3))
 

@@ -88,8 +88,6 @@ def run(inputs, grads, dilation=1, *, recompute=False, backend="cuda"):
 def check(case, *, dilation=1, recompute=False):
     inputs, grads = draw(**case)
     cuda_inputs, cuda_grads = on_cuda(inputs), on_cuda(grads)
-    if case.get("layout") != "contiguous":  # .cuda() keeps strides, but not those of an expansion
-        assert cuda_inputs[0].shape == inputs[0].shape
     with nan_filled_memory():
         actual = run(cuda_inputs, cuda_grads, dilation, recompute=recompute)
     narrow = eager(cuda_inputs, cuda_grads, dilation)

@@ -236,6 +236,23 @@ def test_ends_of_the_range():
     )
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_infinity_and_nan_stay_where_they_belong(dtype):
+    """A product with padding would make NaN of infinity in pixels that do not see it."""
+    inputs, _ = draw(channels=3, hidden=5, height=9, width=20, steps=1, dtype=dtype)
+    x = inputs[0].clone()
+    x[0, 0, 1, 4, 3], x[0, 0, 0, 4, 15] = torch.inf, torch.nan
+    w_ih = inputs[3].abs() + 0.1  # each tap gives +inf, no two of them -inf
+    ops = torch.ops.vsod_ops
+    gates = ops.conv_lstm_cuda_on_host(
+        x, None, None, w_ih, *inputs[4:], 1, op.SAVE_GATES, False
+    )[3].view(4, 5, 9, 20)
+    sees_nan = torch.zeros(9, 20, dtype=torch.bool)
+    sees_nan[3:6, 14:17] = True
+    assert torch.equal(gates.isnan(), sees_nan.expand(4, 5, 9, 20))
+    assert (gates[:, :, 3:6, 2:5] == 1).all()
+
+
 def test_zero_state_is_no_state():
     inputs, grads = draw(steps=3, state=False)
     x = inputs[0]
