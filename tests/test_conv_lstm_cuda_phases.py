@@ -70,9 +70,7 @@ def by_reference(inputs, grads, dilation, dtype):
     inputs, grads = as_dtype(inputs), as_dtype(grads)
     out, c_last, cells, gates = reference.forward(*inputs, dilation, op.SAVE_GATES)
     needs = [t is not None for t in inputs]
-    results = reference.backward(
-        *grads, *inputs, out, c_last, cells, gates, dilation, needs
-    )
+    results = reference.backward(*grads, *inputs, out, c_last, cells, gates, dilation, needs)
     return {"out": out, "c_last": c_last} | dict(zip(GRADIENTS, results, strict=True))
 
 
@@ -244,9 +242,10 @@ def test_infinity_and_nan_stay_where_they_belong(dtype):
     x[0, 0, 1, 4, 3], x[0, 0, 0, 4, 15] = torch.inf, torch.nan
     w_ih = inputs[3].abs() + 0.1  # each tap gives +inf, no two of them -inf
     ops = torch.ops.vsod_ops
-    gates = ops.conv_lstm_cuda_on_host(
+    *_, gates = ops.conv_lstm_cuda_on_host(
         x, None, None, w_ih, *inputs[4:], 1, op.SAVE_GATES, False
-    )[3].view(4, 5, 9, 20)
+    )
+    gates = gates.view(4, 5, 9, 20)
     sees_nan = torch.zeros(9, 20, dtype=torch.bool)
     sees_nan[3:6, 14:17] = True
     assert torch.equal(gates.isnan(), sees_nan.expand(4, 5, 9, 20))
