@@ -176,6 +176,25 @@ VSOD_BOTH void multiply_add_16x8x16(int lane, const A& a, const B& b, float (&d)
 #endif
 }
 
+// One operand of several products, read once: on the GPU each lane holds its pairs.
+template <int kPairs, class Pairs>
+struct Held {
+  const Pairs& pairs;
+  uint32_t own[kPairs];
+
+  VSOD_BOTH Held(int lane, const Pairs& from) : pairs(from) {
+    VSOD_UNROLL
+    for (int r = 0; r < kPairs; ++r) own[r] = from(lane, r);
+  }
+  VSOD_BOTH uint32_t operator()(int lane, int r) const {
+#if defined(__CUDA_ARCH__)
+    return own[r];
+#else
+    return pairs(lane, r);
+#endif
+  }
+};
+
 // ---- which frame, tile and group of output channels a block owns --------------------------------
 
 struct Grid {
@@ -1174,8 +1193,10 @@ struct TensorCoreWeightKernel : WeightTask<N, kFast> {
       for (int x0 = 0; x0 < kTileX; x0 += 16) {
         VSOD_UNROLL
         for (int j = 0; j < kGateTiles; ++j) {
-          const auto a = [&](int lane, int r) -> uint32_t {
-            const int64_t o = part.o0 + 16 * j + lane / 4 + r % 2 * 8;
+          // j itself is not captured: a loop variable with an address is not unrolled.
+          const int first = part.o0 + 16 * j;
+          const auto read = [&, first](int lane, int r) -> uint32_t {
+            const int64_t o = first + lane / 4 + r % 2 * 8;
             const int x = x0 + lane % 4 * 2 + r / 2 * 8;
             if (o >= outputs || at.x + x >= shape.width) return 0;
             const N* from = row + o * pixels + x;
@@ -1185,6 +1206,7 @@ struct TensorCoreWeightKernel : WeightTask<N, kFast> {
             if (at.x + x + 1 < shape.width) memcpy(&pair[1], from + 1, 2);
             return pair[0] | uint32_t(pair[1]) << 16;
           };
+          const Held<4, decltype(read)> a(thread % kWarp, read);
           VSOD_UNROLL
           for (int tap = 0; tap < kTaps; ++tap) {
             const int shift = tap % 3, copy = kFast ? shift % 2 : shift;
