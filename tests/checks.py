@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from vsod_ops import shunted_attention
+from vsod_ops import conv_lstm, shunted_attention
 
 ATTENTION_LAYOUTS = ("contiguous", "permuted", "sliced")
 
@@ -144,3 +144,143 @@ def attention_sweep_case(index, dtypes):
         "layout": pick(ATTENTION_LAYOUTS),
         "seed": index,
     }
+
+
+# ---- conv_lstm
+
+LSTM_NAMES = ("x", "h", "c", "weight_ih", "weight_hh", "bias", "weight_peephole")
+
+
+def lstm_inputs(
+    batch, steps, channels, hidden, height, width, dtype,
+    *, kernel=3, peephole=None, bias=True, state=True, seed=0, layout="contiguous", device="cpu",
+):  # fmt: skip
+    """name -> tensor or None for LSTM_NAMES, drawn from N(0, 1), weights smaller.
+
+    layout "permuted": channels-last memory; "sliced": every second element of every axis of a
+    larger buffer that is NaN elsewhere.  c is in the dtype of the cell state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    frame = (batch, hidden, height, width)
+    fan = ((channels + hidden) * kernel * kernel) ** 0.5
+    shapes = {
+        "x": (batch, steps, channels, height, width),
+        "h": frame if state else None,
+        "c": frame if state else None,
+        "weight_ih": (4 * hidden, channels, kernel, kernel),
+        "weight_hh": (4 * hidden, hidden, kernel, kernel),
+        "bias": (4 * hidden,) if bias else None,
+        "weight_peephole": {None: None, "channel": (3, hidden), "full": (3, *frame[1:])}[peephole],
+    }
+
+    def draw(name, shape):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = x / fan if name in ("weight_ih", "weight_hh") else x
+        wide = name == "c" and dtype.itemsize == 2
+        x = x.to(torch.float32 if wide else dtype).to(device)
+        if layout == "permuted" and x.dim() >= 4:
+            x = x.movedim(-3, -1).contiguous().movedim(-1, -3)
+        elif layout == "sliced":
+            size = [2 * n + 1 for n in shape]
+            buffer = torch.full(size, float("nan"), dtype=x.dtype, device=device)
+            x = buffer[(slice(1, None, 2),) * x.dim()].copy_(x)
+        return x
+
+    return {name: None if shape is None else draw(name, shape) for name, shape in shapes.items()}
+
+
+def eager_conv_lstm(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation=1):
+    """The definition in x's own dtype, as a user would write it: (out, c_T)."""
+    zeros = x.new_zeros(x.shape[0], weight_hh.shape[1], *x.shape[3:])
+    h, c = zeros if h is None else h, zeros if c is None else c.to(x.dtype)
+    weight = torch.cat([weight_ih, weight_hh], 1)
+    padding = dilation * (weight.shape[-1] // 2)
+    p_i = p_f = p_o = 0
+    if weight_peephole is not None:
+        full = weight_peephole.dim() == 4
+        p_i, p_f, p_o = weight_peephole if full else weight_peephole[:, :, None, None]
+    out = []
+    for x_t in x.unbind(1):
+        sums = torch.nn.functional.conv2d(
+            torch.cat([x_t, h], 1), weight, bias, padding=padding, dilation=dilation
+        )
+        i, f, g, o = sums.chunk(4, 1)
+        c = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
+        h = (o + p_o * c).sigmoid() * c.tanh()
+        out.append(h)
+    return torch.stack(out, 1), c
+
+
+def lstm_results(function, inputs, grad_out, grad_c):
+    """name -> tensor: out, c_T and the gradient of each input."""
+    leaves = {k: None if x is None else x.detach().requires_grad_() for k, x in inputs.items()}
+    out, c_last = function(**leaves)
+    there = {name: x for name, x in leaves.items() if x is not None}
+    grads = torch.autograd.grad(
+        (out, c_last), list(there.values()), (grad_out.to(out.dtype), grad_c.to(c_last.dtype))
+    )
+    names = [f"d{name}" for name in there]
+    return {"out": out.detach(), "c_T": c_last.detach()} | dict(zip(names, grads, strict=True))
+
+
+def check_conv_lstm(backend, inputs, *, dilation=1, recompute=False, grad_layout="contiguous"):
+    """Hold out, c_T and every gradient of `backend` to float64 by the error rule; where sums are
+    short enough for it, assert_close's defaults do as well."""
+    x, hidden = inputs["x"], inputs["weight_hh"].shape[1]
+    dtype = x.dtype
+    generator = torch.Generator().manual_seed(7)
+    shape = (*x.shape[:2], hidden, *x.shape[3:])
+    grad_out = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    grad_c = torch.randn((shape[0], *shape[2:]), generator=generator, dtype=torch.float64)
+    if grad_layout == "permuted":
+        grad_out = grad_out.movedim(2, -1).contiguous().movedim(-1, 2)
+    grad_out, grad_c = grad_out.to(x.device), grad_c.to(x.device)
+
+    def ours(x, h, c, **others):
+        state = None if h is None else (h, c)
+        out, (h_last, c_last) = conv_lstm(
+            x, state, *others.values(), dilation=dilation, recompute=recompute, backend=backend
+        )
+        assert torch.equal(h_last, out[:, -1])
+        return out, c_last
+
+    def eager(**tensors):
+        return eager_conv_lstm(**tensors, dilation=dilation)
+
+    wide = {name: None if t is None else t.double() for name, t in inputs.items()}
+    actual = lstm_results(ours, inputs, grad_out, grad_c)
+    rival = lstm_results(eager, inputs, grad_out, grad_c)
+    oracle = lstm_results(eager, wide, grad_out, grad_c)
+    for name, expected in oracle.items():
+        if dtype.itemsize >= 4 and torch.allclose(
+            actual[name].to(dtype),
+            expected.to(dtype),
+            *((1e-7, 1e-7) if dtype == torch.float64 else (1.3e-6, 1e-5)),
+        ):
+            continue
+        assert_error_bound(name, actual[name], rival[name], expected, dtype)
+
+
+def lstm_sweep_case(index, dtypes):
+    """Random shapes, options and dtype; the seed is the index of the case."""
+    generator = torch.Generator().manual_seed(2000 + index)
+
+    def pick(options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    inputs = {
+        "batch": pick((1, 2, 3)),
+        "steps": pick((1, 2, 4)),
+        "channels": pick((1, 2, 3, 4, 5, 9, 17)),
+        "hidden": pick((1, 2, 3, 4, 7, 8, 12, 20)),
+        "height": pick((1, 2, 3, 7, 16, 17, 33)),
+        "width": pick((1, 2, 15, 16, 17, 63, 97, 113, 239)),
+        "dtype": pick(dtypes),
+        "kernel": pick((1, 3, 3, 3, 5)),
+        "peephole": pick((None, "channel", "full")),
+        "bias": pick((True, False)),
+        "state": pick((True, False)),
+        "layout": pick(("contiguous", "permuted", "sliced")),
+        "seed": index,
+    }
+    return inputs, {"dilation": pick((1, 1, 2, 3)), "recompute": pick((True, False))}

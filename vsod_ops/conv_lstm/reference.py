@@ -53,14 +53,14 @@ def forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save
         cells.append(c)
         if save == 2:
             gates.append(torch.cat(ifgo, 1).to(x.dtype))
-    kept = torch.empty_like(c).new_empty((batch, 0, *shape[1:])) if save else c.new_empty(0)
+    kept = c.new_empty((batch, 0, *shape[1:]) if save else 0)
     if save and steps > 1:
-        kept = torch.stack(cells[:-1], 1)
+        kept = torch.stack(cells[:-1], 1).contiguous()
     return (
-        torch.stack(out, 1),
+        torch.stack(out, 1).contiguous(),
         c.clone(memory_format=torch.contiguous_format),
         kept,
-        torch.stack(gates, 1) if save == 2 else x.new_empty(0),
+        torch.stack(gates, 1).contiguous() if save == 2 else x.new_empty(0),
     )
 
 
