@@ -321,9 +321,7 @@ def test_one_of_the_two_outputs_alone_has_a_gradient(backend):
     for pick in (0, 1):
         ours, (_, c_last) = call(leaves, backend=backend)
         grads = torch.autograd.grad((ours, c_last)[pick].sum(), list(leaves.values()))
-        expected = torch.autograd.grad(
-            eager_conv_lstm(**leaves)[pick].sum(), list(leaves.values())
-        )
+        expected = torch.autograd.grad(eager_conv_lstm(**leaves)[pick].sum(), list(leaves.values()))
         for a, b in zip(grads, expected, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -332,9 +330,7 @@ def test_gradient_of_the_last_h():
     leaves = require_grad(small(torch.float64))
     _, (h_last, _) = call(leaves)
     grads = torch.autograd.grad(h_last.sum(), list(leaves.values()))
-    expected = torch.autograd.grad(
-        eager_conv_lstm(**leaves)[0][:, -1].sum(), list(leaves.values())
-    )
+    expected = torch.autograd.grad(eager_conv_lstm(**leaves)[0][:, -1].sum(), list(leaves.values()))
     for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -34,9 +34,11 @@ _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 SUPPORT: backends.Support = {
     "cpu": _FLOATS | {torch.float64},
+    "cuda": _FLOATS,
     "triton": _FLOATS,
     "reference": _FLOATS | {torch.float64},
 }
+CUDA_CHANNELS = 32  # most input and hidden channels of the "cuda" backend
 
 SAVE_NOTHING, SAVE_CELLS, SAVE_GATES = 0, 1, 2  # what forward keeps for the backward
 
@@ -58,6 +60,10 @@ _lib.define("conv_lstm" + _FORWARD.format(", str? backend"))
 _lib.define("conv_lstm_backward" + _BACKWARD.format(", str? backend"))
 _lib.define("conv_lstm_cpu" + _FORWARD.format(""))  # csrc/conv_lstm/cpu.cpp
 _lib.define("conv_lstm_backward_cpu" + _BACKWARD.format(""))
+_lib.define("conv_lstm_cuda" + _FORWARD.format(""))  # csrc/conv_lstm/cuda.cu
+_lib.define("conv_lstm_backward_cuda" + _BACKWARD.format(""))
+_lib.define("conv_lstm_cuda_on_host" + _FORWARD.format(", bool reverse"))  # cuda_on_host.cpp
+_lib.define("conv_lstm_backward_cuda_on_host" + _BACKWARD.format(", int window, bool reverse"))
 _lib.define("conv_lstm_activate_cpu(Tensor x) -> (Tensor sigmoid, Tensor tanh)")  # for tests
 
 conv_lstm = torch.ops.vsod_ops.conv_lstm.default
@@ -82,8 +88,18 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def _choose(backend, x):
-    return backends.choose("conv_lstm", SUPPORT, backend, x.device.type, x.dtype)
+def _choose(backend, x, weight_hh):
+    most = max(x.shape[2], weight_hh.shape[1])
+    support = SUPPORT
+    if most > CUDA_CHANNELS and backend != "cuda":
+        support = {name: dtypes for name, dtypes in SUPPORT.items() if name != "cuda"}
+    chosen = backends.choose("conv_lstm", support, backend, x.device.type, x.dtype)
+    if chosen == "cuda" and most > CUDA_CHANNELS:
+        raise ValueError(
+            f"conv_lstm: backend 'cuda' is for few channels, at most {CUDA_CHANNELS}; x has "
+            f"{x.shape[2]}, the state {weight_hh.shape[1]}. None takes a backend for many"
+        )
+    return chosen
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -91,12 +107,14 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
-    chosen = _choose(backend, x)
+    chosen = _choose(backend, x, weight_hh)
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
         return _fake_forward(*inputs, dilation, save, backend)
     if chosen == "cpu":
         return torch.ops.vsod_ops.conv_lstm_cpu(*inputs, dilation, save)
+    if chosen == "cuda":
+        return torch.ops.vsod_ops.conv_lstm_cuda(*inputs, dilation, save)
     if chosen == "triton":
         from . import triton_kernels
 
@@ -108,7 +126,7 @@ def _backward(
     grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
     out, c_last, cells, gates, dilation, needs, backend,
 ):  # fmt: skip
-    chosen = _choose(backend, x)
+    chosen = _choose(backend, x, weight_hh)
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     kept = _contiguous(out, c_last, cells, gates)
     grads = (grad_out, *_contiguous(grad_c))
@@ -116,6 +134,9 @@ def _backward(
         empty = _fake_backward(*grads, *inputs, *kept, dilation, needs, backend)
         return tuple(t.zero_() for t in empty)
     if chosen == "cpu":
+        return torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
+    if chosen == "cuda":
+        return torch.ops.vsod_ops.conv_lstm_backward_cuda(*grads, *inputs, *kept, dilation, needs)
         wide = torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
         return tuple(
             g.to(t.dtype) if need else x.new_empty(0)
