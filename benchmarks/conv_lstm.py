@@ -286,8 +286,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--seconds",
         type=float,
-        default=10,
-        help="time for one case, direction and kind of memory (default: 10)",
+        default=2,
+        help="time for one case, direction and kind of memory (default: 2)",
     )
     add("--seed", type=int, default=0)
     add(

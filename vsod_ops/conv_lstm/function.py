@@ -143,6 +143,7 @@ def _check(x, state, weight_ih, weight_hh, bias, weight_peephole, autocast) -> N
         _check_shape("bias", bias, (gates,), "(4M,)")
         tensors["bias"] = bias
     if weight_peephole is not None:
+        shape: tuple[int, ...]
         if isinstance(weight_peephole, Tensor) and weight_peephole.dim() == 4:
             form, shape = "(3, M, H, W)", (3, hidden, height, width)
         else:

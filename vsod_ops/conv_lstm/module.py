@@ -101,7 +101,7 @@ class ConvLSTM(nn.Module):
         ends = ("", "_reverse")[: self.directions]
         return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
 
-    def _parameters_of(self, suffix: str) -> list[Tensor | None]:
+    def _parameters_of(self, suffix: str) -> list:
         names = ("weight_ih", "weight_hh", "bias", "weight_peephole")
         return [getattr(self, name + suffix) for name in names]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 
-def _wide(x: Tensor | None, like: Tensor) -> Tensor | None:
+def _wide(x, like: Tensor):
+    """x (or None) in the dtype of the cell state beside `like`."""
     return None if x is None else x.to(torch.float32 if like.dtype.itemsize == 2 else like.dtype)
 
 
