@@ -41,7 +41,8 @@ fi
 step build 120 "$python" setup.py build_ext --inplace
 step doctor 30 "$python" -m vsod_ops.doctor
 step tests 170 "$python" -m pytest -q -m cuda tests
-step attention 150 "$python" -m benchmarks attention --device cuda --out "$out/attention"
+step attention 100 "$python" -m benchmarks attention --device cuda --out "$out/attention"
+step conv_lstm 60 "$python" -m benchmarks conv_lstm --device cuda --seconds 1 --out "$out/conv_lstm"
 
 if [ "${#failed[@]}" -gt 0 ]; then
   echo "FAILED: ${failed[*]}"
