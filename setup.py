@@ -28,7 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPU_OPS = ["dense_crf", "shunted_attention"]  # csrc/<op>/cpu.cpp and csrc/<op>/cpu_kernel.cpp
-CUDA_OPS: list[str] = []  # csrc/<op>/cuda.cu
+CUDA_OPS = ["dense_crf"]  # csrc/<op>/cuda.cu
+ON_HOST = ["dense_crf"]  # csrc/<op>/cuda_on_host.cpp: CUDA kernels run on the CPU, for tests
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest that a build runs with
 
@@ -245,6 +246,9 @@ class BuildExtensions(build_ext):
         for op in CPU_OPS:
             objects.append(ninja.compile(csrc / op / "cpu.cpp", op, compiler, flags))
             kernels[op] = csrc / op / "cpu_kernel.cpp"
+        for op in ON_HOST:
+            source = csrc / op / "cuda_on_host.cpp"
+            objects.append(ninja.compile(source, f"{op}_cuda_on_host", compiler, flags))
         for name, source in kernels.items():
             for level, level_flags in levels.items():
                 objects.append(
@@ -295,7 +299,8 @@ class BuildExtensions(build_ext):
         ]
         for op in CUDA_OPS:
             objects.append(ninja.compile(csrc / op / "cuda.cu", op, str(nvcc), nvcc_flags))
-        link = f'-L"{torch_root / "lib"}" -ltorch_cpu -lc10 -L"{root / libraries[0]}" -lcudart'
+        link = f'-L"{torch_root / "lib"}" -ltorch_cuda -ltorch_cpu -lc10'
+        link += f' -L"{root / libraries[0]}" -lcudart'
         ninja.link(objects, self.target("_cuda"), compiler, link)
         ninja.run(parallel_jobs(gigabytes_each=3))
 
