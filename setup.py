@@ -28,8 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPU_OPS = ["shunted_attention", "conv_lstm", "dense_crf"]  # csrc/<op>/{cpu,cpu_kernel}.cpp
-CUDA_OPS = ["conv_lstm"]  # csrc/<op>/cuda.cu
-ON_HOST = ["conv_lstm"]  # csrc/<op>/cuda_on_host.cpp: CUDA kernels run on the CPU, for tests
+CUDA_OPS = ["conv_lstm", "dense_crf"]  # csrc/<op>/cuda.cu
+ON_HOST = ["conv_lstm", "dense_crf"]  # csrc/<op>/cuda_on_host.cpp: on the CPU, for tests
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest that a build runs with
 

@@ -15,7 +15,7 @@ from . import reference
 # Everything is computed in float32; the reference computes float64 prob in float64.
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
-SUPPORT: backends.Support = {"cpu": _FLOATS, "reference": _FLOATS}
+SUPPORT: backends.Support = {"cpu": _FLOATS, "cuda": _FLOATS, "reference": _FLOATS}
 
 _NUMBERS = (
     "int iterations, float gaussian_sxy, float gaussian_weight, "
@@ -26,6 +26,13 @@ _lib.define(f"dense_crf(Tensor prob, Tensor image, {_NUMBERS}, str? backend) -> 
 # csrc/dense_crf/cpu.cpp; prob float32 and image uint8 or float32, both contiguous.
 # hash_capacity: first size of the hash table, 0 for a guess from the size of the image.
 _lib.define(f"dense_crf_cpu(Tensor prob, Tensor image, {_NUMBERS}, int hash_capacity) -> Tensor")
+_lib.define(f"dense_crf_cuda(Tensor prob, Tensor image, {_NUMBERS}) -> Tensor")  # cuda.cu
+# cuda_on_host.cpp: the same kernels in loops on the CPU, for tests; images_at_once: 0 for as many
+# as on a GPU; reverse: every loop from its end to its start.
+_lib.define(
+    f"dense_crf_cuda_on_host(Tensor prob, Tensor image, {_NUMBERS}, "
+    "int images_at_once, bool reverse) -> Tensor"
+)
 
 dense_crf = torch.ops.vsod_ops.dense_crf.default
 
@@ -50,6 +57,8 @@ def _forward(prob: Tensor, image: Tensor, iterations: int, *arguments) -> Tensor
     prob = prob.to(torch.float32).contiguous()
     image = (image if image.dtype == torch.uint8 else image.to(torch.float32)).contiguous()
     try:
+        if chosen == "cuda":
+            return torch.ops.vsod_ops.dense_crf_cuda(prob, image, iterations, *numbers)
         return torch.ops.vsod_ops.dense_crf_cpu(prob, image, iterations, *numbers, 0)
     except RuntimeError as error:
         # Vertices of the lattice are 64-bit keys: widths far below a pixel need more.

@@ -1,0 +1,143 @@
+"""dense_crf on CUDA tensors by its CUDA kernels, and what nvcc made of those."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from checks import nan_filled_memory
+from test_dense_crf import DSS, NUMBERS, assert_like_pydensecrf, noise, pydensecrf, scene
+from test_dense_crf_cuda_phases import SIZES, assert_like_the_cpu_kernel, constant, on_host
+
+from vsod_ops import backends, dense_crf
+from vsod_ops.dense_crf import PRESETS, reference
+
+MODULE = backends.compiled_module("_cuda")
+needs_gpu = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+    pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CUDA module: {MODULE}"),
+]
+
+
+def on_gpu(tests):
+    for mark in needs_gpu:
+        tests = mark(tests)
+    return tests
+
+
+@pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CUDA module: {MODULE}")
+def test_no_kernel_spills():
+    """Registers and stack of each kernel, for each architecture of the build."""
+    triton = pytest.importorskip("triton")
+    objdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not objdump.exists():
+        pytest.skip("this triton carries no cuobjdump")
+    done = subprocess.run(
+        [objdump, "-res-usage", MODULE.__file__], capture_output=True, text=True, check=True
+    )
+    usage = re.findall(
+        r"Function (\S*dense_crf_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
+        done.stdout,
+    )
+    architectures = set(re.findall(r"sm_\d+", MODULE.build_info()["architectures"]))
+    assert len(usage) >= 15 * len(architectures)
+    for name, registers, stack, local in usage:
+        assert int(stack) == 0 and int(local) == 0, f"{name} has a stack: it spills"
+        assert int(registers) <= 128, name
+
+
+def run(prob, image, **options):
+    with nan_filled_memory():
+        return dense_crf(prob.cuda(), image.cuda(), backend="cuda", **options).cpu()
+
+
+@on_gpu
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("make", (scene, noise, constant))
+@pytest.mark.parametrize("size", (*SIZES, (270, 480)), ids=str)
+def test_like_the_cpu_kernel(make, size, preset):
+    if isinstance(backends.compiled_module("_cpu"), str):
+        pytest.skip("no CPU module")
+    prob, image = make(3, *size)
+    assert_like_the_cpu_kernel(
+        prob, image, PRESETS[preset], compute=lambda p, i, numbers: run(p, i, **numbers)
+    )
+
+
+@on_gpu
+@pytest.mark.parametrize("classes", (2, 3, 21))
+def test_classes_like_the_phases_on_the_cpu(classes):
+    if isinstance(backends.compiled_module("_cpu"), str):
+        pytest.skip("no CPU module")
+    prob, image = scene(2, 45, 67, classes=classes)
+    error = (run(prob, image) - on_host(prob, image)).abs()
+    assert error.mean() <= 1e-6 and error.max() <= 1e-3
+
+
+@on_gpu
+def test_close_to_brute_force():
+    for make, bound in ((scene, 2e-3), (noise, 2e-2)):
+        prob, image = make(3, 24, 24)
+        exact = reference.forward(prob.double(), image, DSS["iterations"], *NUMBERS)
+        assert (run(prob, image) - exact).abs().mean() <= bound
+
+
+@on_gpu
+@pytest.mark.parametrize("make", (scene, noise))
+def test_like_pydensecrf(make):
+    prob, image = make(2, 120, 160)
+    assert_like_pydensecrf(run(prob, image), pydensecrf(prob, image))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_dtypes(dtype):
+    prob, image = scene(2, 30, 31)
+    prob = prob.to(dtype)
+    expected = run(prob.float(), image)
+    torch.testing.assert_close(run(prob, image.int()), expected, rtol=0, atol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("classes", (0, 3))
+def test_same_bits_on_every_run_and_in_a_batch(classes):
+    prob, image = scene(9, 200, 301, classes=classes)
+    first = run(prob, image)
+    for _ in range(3):
+        assert torch.equal(run(prob, image), first)
+    assert torch.equal(run(prob[4:5], image[4:5]), first[4:5])
+
+
+@on_gpu
+def test_batch_in_groups():
+    # 40 images of 60,000 pixels are more than go together.
+    prob, image = scene(40, 200, 300)
+    assert torch.equal(run(prob, image)[37:], run(prob[37:], image[37:]))
+
+
+@on_gpu
+def test_side_stream():
+    prob, image = (x.cuda() for x in scene(2, 97, 131))
+    expected = dense_crf(prob, image, backend="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = dense_crf(prob, image, backend="cuda")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(aside, expected)
+
+
+@on_gpu
+def test_it_is_the_default():
+    prob, image = (x.cuda() for x in scene(1, 200, 200))  # too many pixels for brute force
+    assert torch.equal(dense_crf(prob, image), dense_crf(prob, image, backend="cuda"))
+
+
+@on_gpu
+def test_empty_and_too_small_widths():
+    prob, image = (x.cuda() for x in scene(1, 16, 16))
+    assert dense_crf(prob[:0], image[:0], backend="cuda").shape == (0, 16, 16)
+    with pytest.raises(ValueError, match="too small for an image"):
+        dense_crf(prob, image, gaussian_sxy=1e-9, backend="cuda")
