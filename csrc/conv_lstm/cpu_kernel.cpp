@@ -24,6 +24,7 @@
 
 #include <stdlib.h>
 
+#include "../common/scratch.h"
 #include "../common/simd.h"
 
 namespace vsod {
@@ -44,13 +45,6 @@ constexpr int64_t kTileBytes = 448 * 1024;   // scratch of one task: fits a 1 MB
 constexpr int64_t kDepthPixels = 256;        // pixels of one weight_block: its operands fit L1
 constexpr int64_t kSumBytes = 8 << 20;       // of all groups together
 constexpr int64_t kMostGroups = 64, kFewestGroups = 4;
-
-VSOD_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-VSOD_INLINE int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-VSOD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-VSOD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ------------------------------------------------------------------ loads and stores
 
@@ -281,48 +275,6 @@ VSOD_INLINE void weight_rows(int64_t rows, const S* a, int64_t a_stride, const S
 }
 
 // ------------------------------------------------------------------ tasks and scratch
-
-struct Counter {  // hands out 0, 1, 2, ... to threads
-  int64_t next = 0;
-  VSOD_INLINE int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
-
-// One thread's scratch, cut into aligned pieces.
-class Scratch {
- public:
-  explicit Scratch(char* base) : at_(base) {}
-  template <class T>
-  T* piece(int64_t count) {
-    T* p = reinterpret_cast<T*>(at_);
-    at_ += bytes<T>(count);
-    return p;
-  }
-  template <class T>
-  static int64_t bytes(int64_t count) {
-    // An odd number of cache lines: planes of equal size do not all start in the same L1 set.
-    return round_up(count * int64_t(sizeof(T)), 128) + 64;
-  }
-
- private:
-  char* at_;
-};
-
-// Kept between calls: fresh pages cost more than the small problems.
-VSOD_INLINE char* thread_scratch(int64_t bytes) {
-  struct Block {
-    char* data = nullptr;
-    int64_t size = 0;
-    ~Block() { free(data); }
-  };
-  static thread_local Block block;
-  if (block.size < bytes) {
-    free(block.data);
-    block.size = round_up(bytes, 4096);
-    block.data = static_cast<char*>(aligned_alloc(4096, block.size));
-    if (!block.data) abort();
-  }
-  return block.data;
-}
 
 struct Tile {
   int64_t b, y, x, rows, columns;

@@ -35,6 +35,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "../common/scratch.h"
 #include "../common/simd.h"
 #include "geometry.h"
 
@@ -50,12 +51,6 @@ constexpr int kMaxGrowths = 16;  // of the hash table, each by 4
 constexpr int64_t kSmallImage = 1 << 16;  // pixels
 constexpr float kClip = 1e-5f;
 constexpr float kTiny = 1e-20f;
-
-VSOD_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-VSOD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-VSOD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Range {
   int64_t begin, end;

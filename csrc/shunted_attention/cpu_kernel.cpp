@@ -27,6 +27,7 @@
 #include <sched.h>
 #include <stdlib.h>
 
+#include "../common/scratch.h"
 #include "../common/simd.h"
 
 namespace vsod {
@@ -40,12 +41,6 @@ constexpr int kForwardQueries = 8 * kTileRows;
 constexpr int kForwardKeys = 256;
 constexpr int kBackwardQueries = 8 * kTileRows;
 constexpr int kPad = 16;  // breaks the power-of-two stride of score tiles
-
-VSOD_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-VSOD_INLINE int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-VSOD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ------------------------------------------------------------------ arithmetic of one element
 
@@ -243,44 +238,6 @@ VSOD_INLINE void write_row(const Number* src, Number factor, int64_t count, Stor
 }
 
 // ------------------------------------------------------------------ tasks and scratch
-
-struct Counter {  // hands out 0, 1, 2, ... to threads
-  int64_t next = 0;
-  VSOD_INLINE int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
-
-// One thread's scratch, cut into aligned pieces.
-class Scratch {
- public:
-  explicit Scratch(char* base) : at_(base) {}
-  template <class T>
-  T* piece(int64_t count) {
-    T* p = reinterpret_cast<T*>(at_);
-    at_ += round_up(count * int64_t(sizeof(T)), 64);
-    return p;
-  }
-  int64_t used(const char* base) const { return at_ - base; }
-
- private:
-  char* at_;
-};
-
-// Kept between calls: fresh pages cost more than the small problems.
-VSOD_INLINE char* thread_scratch(int64_t bytes) {
-  struct Block {
-    char* data = nullptr;
-    int64_t size = 0;
-    ~Block() { free(data); }
-  };
-  static thread_local Block block;
-  if (block.size < bytes) {
-    free(block.data);
-    block.size = round_up(bytes, 4096);
-    block.data = static_cast<char*>(aligned_alloc(4096, block.size));
-    if (!block.data) abort();
-  }
-  return block.data;
-}
 
 struct Task {
   const Group* group;
