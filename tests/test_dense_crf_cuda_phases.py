@@ -172,15 +172,20 @@ def test_random_cases(sweep_index):
         "bilateral_srgb": pick((3, 13, 100)),
         "bilateral_weight": pick((0, 2, 5)),
     }
-    assert_like_the_cpu_kernel(prob, image, numbers)
+    if os.environ.get("VSOD_OPS_SIMD") == "portable":
+        assert_like_the_cpu_kernel(prob, image, numbers)
+    else:  # points on borders between simplices get other vertices when rounded differently
+        error = (on_host(prob, image, numbers) - dense_crf(prob, image, **numbers)).abs()
+        assert error.mean() <= 1e-3
 
 
-def test_like_the_portable_level():
-    """The level is chosen once a process."""
+def test_like_the_portable_level(request):
+    """The level is chosen once a process.  This one holds the random cases to rounding."""
     if os.environ.get("VSOD_OPS_SIMD"):
         pytest.skip("a level is forced already")
+    sweep = f"--sweep={request.config.getoption('--sweep')}"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "cpu_kernel or random"],
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, sweep, "-k", "cpu_kernel or random"],
         env=os.environ | {"VSOD_OPS_SIMD": "portable"},
         capture_output=True,
         text=True,

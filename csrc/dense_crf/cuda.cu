@@ -1,19 +1,20 @@
 // dense_crf on the GPU: mean field of a fully connected CRF, filtered on permutohedral lattices.
 //
-// What it computes is in cuda_phases.h, one struct a launch; the order of launches is in cuda_run.h.
+// What it computes is in cuda_phases.h, one struct a launch; the order of launches in cuda_run.h.
 // Here: how a struct becomes a launch, the sort and the scan of CUB, and the registration.
 //
 // Every launch is one thread an index, because every step needs the whole of the step before: a
-// blur reads neighbours anywhere, a splat all points of a vertex.  No atomics: all sums have a fixed
-// order, so the bits are the same on every run.
+// blur reads neighbours anywhere, a splat all points of a vertex.  No atomics: all sums have a
+// fixed order, so the bits are the same on every run.
 //
 // Floors, one frame of 512 x 512, a foreground probability (an H200 copies 4.3 TB/s): 2.4 million
-// (point, vertex) pairs.  An iteration reads each as an entry (8 bytes: point, weight) for the splat
-// and as id and weight (8 bytes) for the slice: 38 MB; logits, norms and z of 262,144 points add 6
-// MB, and 6 blurs of some 100,000 vertices with two neighbours 10 MB: 54 MB = 13 us, less where the
-// L2 cache (50 MB) holds it.  9 launches of some 2.5 us are 23 us: one small frame waits for launches,
-// so images go through together.  Building sorts 1.6 million keys of 8 bytes with 4 of payload, 8
-// bits a pass, some 7 passes: 260 MB = 60 us; neighbours are some 12 binary searches a vertex.
+// (point, vertex) pairs.  An iteration reads each as an entry (8 bytes: point, weight) for the
+// splat and as id and weight (8 bytes) for the slice: 38 MB; logits, norms and z of 262,144 points
+// add 6 MB, and 6 blurs of some 100,000 vertices with two neighbours 10 MB: 54 MB = 13 us, less
+// where the L2 cache (50 MB) holds it.  9 launches of some 2.5 us are 23 us: one small frame waits
+// for launches, so images go through together.  Building sorts 1.6 million keys of 8 bytes with 4
+// of payload, 8 bits a pass, some 7 passes: 260 MB = 60 us; neighbours are 12 binary searches a
+// vertex.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,5 +1,5 @@
-// The CUDA kernels of dense_crf run on the CPU, for tests: each for all its indices before the next.
-// With `reverse` from the last index to the first, so that results which depend on the order differ.
+// The CUDA kernels of dense_crf run on the CPU, for tests: each for all its indices before the
+// next.  With `reverse` from the last index to the first, so that what depends on order differs.
 
 #include <numeric>
 
@@ -27,7 +27,10 @@ struct Launcher {
     }
     std::stable_sort(both.begin(), both.end(),
                      [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (int64_t i = 0; i < count; ++i) keys[i] = both[size_t(i)].first, pairs[i] = both[size_t(i)].second;
+    for (int64_t i = 0; i < count; ++i) {
+      keys[i] = both[size_t(i)].first;
+      pairs[i] = both[size_t(i)].second;
+    }
   }
 
   void scan(Memory&, const int32_t* from, int32_t* to, int64_t count) const {

@@ -13,7 +13,7 @@
 // bits are the same on every run; atomics into few hot vertices (a flat sky) would also wait for
 // one another.
 //
-// Long lists are cut into segments of kSegment pairs, counted from the start of the list: a constant
+// Long lists are cut into segments of kSegment pairs, counted from the start of the list: a flat
 // image has lists of 10^4 pairs and more.  So a frame gives the same bits alone or in a batch.
 #pragma once
 
@@ -36,7 +36,7 @@ namespace dense_crf_cuda {
 using VSOD_LEVEL::Geometry;
 
 constexpr int kSegment = 128;  // pairs
-constexpr int kLanes = 4;      // threads that share a segment, one channel: 4 x 8 bytes are a sector
+constexpr int kLanes = 4;      // threads a segment with one channel: 4 x 8 bytes are a sector
 constexpr float kClip = 1e-5f;
 constexpr float kTiny = 1e-20f;
 
@@ -98,6 +98,16 @@ VSOD_BOTH float sum_of_lanes(int lane, const F& f) {
 #endif
 }
 
+// A product that no compiler fuses with a sum: points on the border of a simplex then have the same
+// vertices on the GPU as on the CPU.
+VSOD_BOTH float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // ---- building a lattice -------------------------------------------------------------------------
 
 // Weights and keys of the D + 1 vertices around each point: find_simplex() of cpu_kernel.cpp.
@@ -130,8 +140,8 @@ struct SimplexKernel {
     float elevated[D + 1], sum = 0;
     VSOD_UNROLL
     for (int j = D; j > 0; --j) {
-      const float f = features[j - 1] * geometry.scale[j - 1];
-      elevated[j] = sum - f * float(j);
+      const float f = product(features[j - 1], geometry.scale[j - 1]);
+      elevated[j] = sum - product(f, float(j));
       sum += f;
     }
     elevated[0] = sum;
@@ -141,7 +151,7 @@ struct SimplexKernel {
     float rest[D + 1];
     VSOD_UNROLL
     for (int i = 0; i <= D; ++i) {
-      const float y = elevated[i] * (1.0f / (D + 1)), nearest = rintf(y);
+      const float y = product(elevated[i], 1.0f / (D + 1)), nearest = rintf(y);
       rest[i] = y - nearest;
       base[i] = int(nearest);
       excess += base[i];

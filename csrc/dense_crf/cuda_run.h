@@ -1,5 +1,5 @@
 // The launches of dense_crf, on tensors.  Used with two launchers: that of cuda.cu launches on a
-// GPU, that of cuda_on_host.cpp runs the same kernels in loops on the CPU for tests.  A launcher has
+// GPU, that of cuda_on_host.cpp runs the same kernels in loops on the CPU.  A launcher has
 //     operator()(kernel)                      kernel(i) for all i below kernel.count()
 //     sort(memory, keys, pairs, count, bits)  stable, by the lowest bits; both are replaced
 //     scan(memory, from, to, count)           inclusive sums of int32
@@ -23,7 +23,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <optional>
+#include <utility>
 #include <vector>
 
 #include "cuda_phases.h"
@@ -121,7 +121,8 @@ Lattice build(const Launcher& launch, const Geometry<D>& geometry, const Tensor&
     vertex_keys = scratch.get<uint64_t>(lattice.vertices);
     uint32_t* rows = memory.get<uint32_t>(lattice.vertices + 1);
     lattice.rows = rows;
-    launch(RowKernel{pairs, points, keys, pair, vertices, weights, vertex_keys, rows, ids, entries});
+    launch(RowKernel{pairs, points, keys, pair, vertices, weights, vertex_keys, rows, ids,
+                     entries});
   }
   Segment* segment = memory.get<Segment>(lattice.segments);
   lattice.segment = segment;
@@ -203,7 +204,8 @@ Tensor forward(const Launcher& launch, const Tensor& prob, const Tensor& image, 
       filter.gaussian_values = new_values(filter.gaussian, channels, memory);
     }
     if (use_bilateral) {
-      const char* from = static_cast<const char*>(image.data_ptr()) + first * 3 * pixels * pixel_bytes;
+      const char* from =
+          static_cast<const char*>(image.data_ptr()) + first * 3 * pixels * pixel_bytes;
       filter.bilateral = build<5>(launch, colours, image, from, images, memory);
       filter.bilateral_values = new_values(filter.bilateral, channels, memory);
     }
