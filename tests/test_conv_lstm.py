@@ -83,8 +83,6 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, options", SHAPES, ids=lambda v: str(v))
 def test_error_rule(backend, shape, options, dtype):
-    if backend == "reference" and dtype == torch.float32:
-        pytest.skip("one ATen product over all steps rounds more than eager's; see gradcheck")
     check_conv_lstm(backend, lstm_inputs(*shape, dtype, **options))
 
 

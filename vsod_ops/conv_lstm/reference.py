@@ -1,7 +1,8 @@
 """ConvLSTM in plain PyTorch: the definition that every kernel is tested against.
 
 Arguments and results are those of the contract in op.py.  Everything is computed in the dtype of
-the cell state (float32 for 16-bit input); h is rounded to x's dtype between steps, as `out` is.
+the cell state (float32 for 16-bit input), weight gradients in float64; h is rounded to x's dtype
+between steps, as `out` is.
 """
 
 import torch
@@ -110,14 +111,15 @@ def backward(
         return compute().to(like.dtype).contiguous()
 
     frames = (batch * steps, channels, height, width)
+    # Weight gradients sum over every pixel of every step: in float64, so that rounding stays small.
     return (
         result(0, x, lambda: conv2d_input(frames, w_ih, dgates, **options).view(x.shape)),
         result(1, h, lambda: dh),
         result(2, c, lambda: dc.clone()),
         result(3, weight_ih, lambda: conv2d_weight(
-            _wide(x.reshape(frames), x), weight_ih.shape, dgates, **options)),
+            x.reshape(frames).double(), weight_ih.shape, dgates.double(), **options)),
         result(4, weight_hh, lambda: conv2d_weight(
-            h_before.flatten(0, 1), weight_hh.shape, dgates, **options)),
+            h_before.flatten(0, 1).double(), weight_hh.shape, dgates.double(), **options)),
         result(5, bias, lambda: dgates.sum((0, 2, 3))),
         result(6, weight_peephole, lambda: dpeephole.sum(
             1 if weight_peephole.dim() == 4 else (1, 3, 4))),
