@@ -76,14 +76,16 @@ def test_same_bits_on_every_run_and_thread_count(dtype):
 def test_memory_beyond_the_outputs_does_not_grow_with_the_scores():
     # At N = 4000 the scores of one head would be 64 MB; packed keys and values are 2 MB.
     q, keys, values = attention_inputs(1, (1, 1), 4000, (4000, 500), 64, torch.float32)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        shunted_attention(q, keys, values, backend="cpu")
-    allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages())
-    kept = sum(x.numel() * 4 for x in (q,)) + 2 * 4000 * 4
-    assert allocated >= 0
-    peak = sum(max(0, e.cpu_memory_usage) for e in profile.events() if e.name == "[memory]")
-    packed = sum(x.numel() * 4 for x in (*keys, *values))
-    assert peak <= 1.2 * (kept + packed)
+
+    def allocated(backend):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            shunted_attention(q, keys, values, backend=backend)
+        return sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
+
+    out_and_lse = q.nbytes + 2 * 4000 * 4
+    packed = sum(x.nbytes for x in (*keys, *values))
+    assert out_and_lse <= allocated("cpu") <= 1.2 * (out_and_lse + packed)
+    assert allocated("reference") > 64e6  # the measure sees scores where there are any
 
 
 @pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
