@@ -1,0 +1,49 @@
+"""The command `vsod`.  Each command is thin: it reads arguments and calls the module it is named for.
+
+Imports of torch and the like happen inside the commands, so that `vsod --help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from .errors import InputError
+
+app = typer.Typer(
+    name="vsod",
+    help="Video salient object detection: prepare data, train, evaluate, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Check datasets and bring them into one layout.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Entry point: bad input is one line on stderr and exit code 2; `--debug` shows the traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(arguments, prog_name="vsod")
+    except (InputError, OSError) as error:
+        if debug:
+            raise
+        print(f"vsod: {describe(error)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def describe(error: Exception) -> str:
+    """One line for an error; the file first, where there is one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

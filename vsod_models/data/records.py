@@ -1,0 +1,114 @@
+"""The one record type that every dataset gives and everything else reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from ..errors import InputError
+
+Picture = Callable[[], np.ndarray]  # makes the array when called (synthetic clips)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One frame, with or without ground truth."""
+
+    sequence: str
+    frame: int  # index within the sequence, from 0, over all frames whether annotated or not
+    name: str  # stem of the image file, and of the prediction: `<sequence>/<name>.png`
+    image: Path | Picture
+    mask: Path | Picture | None
+    split: str
+    # Grey or colour picture as read (uint8) -> foreground; None: grey > 127.
+    foreground: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False)
+    label: Literal["fine", "coarse"] = "fine"
+    prior: Path | None = None  # motion prior, a grey picture (MSST)
+
+    def read_image(self) -> np.ndarray:
+        """(H, W, 3) uint8, RGB."""
+        return read_rgb(self.image) if isinstance(self.image, Path) else self.image()
+
+    def read_mask(self) -> np.ndarray | None:
+        """(H, W) uint8, 0 or 1; None where the frame has no ground truth."""
+        if self.mask is None:
+            return None
+        picture = read_as_stored(self.mask) if isinstance(self.mask, Path) else self.mask()
+        if self.foreground is not None:
+            return self.foreground(picture).astype(np.uint8)
+        return (grey(picture) > 127).astype(np.uint8)
+
+
+class Records(Sequence[Record]):
+    """The records of one split of one dataset, sequence by sequence, frames in order."""
+
+    def __init__(self, dataset: str, split: str, records: Sequence[Record]):
+        self.dataset = dataset
+        self.split = split
+        self._records = list(records)
+        self.sequences: dict[str, list[Record]] = {}
+        for record in self._records:
+            self.sequences.setdefault(record.sequence, []).append(record)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index):
+        return self._records[index]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
+
+def read_as_stored(path: Path) -> np.ndarray:
+    """A picture as it is stored: (H, W) or (H, W, channels) uint8, colours as RGB(A).
+
+    A palette is not expanded: its indices come back.  16-bit pictures are scaled to 8 bits.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            if picture.mode == "1":
+                picture = picture.convert("L")
+            array = np.array(picture)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from None
+    if array.dtype != np.uint8:
+        array = np.clip(array.astype(np.float64) / 257.0, 0, 255).round().astype(np.uint8)
+    return array
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 of any picture: grey is repeated, alpha laid over black is dropped."""
+    from PIL import Image, UnidentifiedImageError
+
+    if path.suffix.lower() in (".jpg", ".jpeg"):  # OpenCV decodes these at twice Pillow's rate
+        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if picture is not None:
+            return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith(("I", "F")):
+                return np.repeat(read_as_stored(path)[:, :, None], 3, axis=2)
+            return np.array(opened.convert("RGB"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from None
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    """(H, W) of a picture of any number of channels: alpha is dropped, colours are averaged."""
+    if picture.ndim == 2:
+        return picture
+    if picture.shape[2] in (1, 2):
+        return picture[:, :, 0]
+    return picture[:, :, :3].mean(axis=2)
