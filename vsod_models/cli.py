@@ -1,4 +1,4 @@
-"""The command `vsod`.  Each command is thin: it reads arguments and calls the module it is named for.
+"""The command `vsod`.  Each command reads its arguments and calls the module it is named for.
 
 Imports of torch and the like happen inside the commands, so that `vsod --help` is instant.
 """
@@ -24,7 +24,7 @@ app.add_typer(data_app, name="data")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Entry point: bad input is one line on stderr and exit code 2; `--debug` shows the traceback."""
+    """Bad input is one line on stderr and exit code 2; `--debug` anywhere shows the traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
