@@ -45,6 +45,8 @@ class Backbone(nn.Module):
     """
 
     channels: list[int]
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,

@@ -28,7 +28,8 @@ class PretrainedModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
-        config = {"model": type(self).__name__.lower(), **dict(self._hub_mixin_config or {})}
+        assert isinstance(self._hub_mixin_config, dict)  # a dataclass only for models that have one
+        config = {"model": type(self).__name__.lower(), **self._hub_mixin_config}
         text = json.dumps(config, indent=2, sort_keys=True)
         (save_directory / "config.json").write_text(text + "\n")
 
