@@ -324,7 +324,8 @@ def noise(rng: Random, height: int, width: int, cell: float, stretch: float = 1.
         total += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
         weight *= 0.55
         cell = max(cell / 2.1, 1.0)
-    return cv2.normalize(total, None, 0.0, 1.0, cv2.NORM_MINMAX)
+    low = total.min()
+    return (total - low) / np.maximum(total.max() - low, np.float32(1e-6))
 
 
 def palette(rng: Random, colours: int) -> np.ndarray:
@@ -415,7 +416,7 @@ def photo_crop(rng: Random, height: int, width: int, name: str, share: float) ->
         hsv[..., 0] = (hsv[..., 0].astype(np.int32) + shift) % 180
         crop = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     tint = rng.uniform(0.7, 1.15) * rng.uniform(0.85, 1.15, 3)
-    return cv2.multiply(crop, (*tint, 0.0))
+    return cv2.convertScaleAbs(cv2.transform(crop, np.diag(tint)))
 
 
 def texture(rng: Random, height: int, width: int, colours: np.ndarray, photos: bool) -> np.ndarray:
@@ -467,8 +468,11 @@ def build_background(rng: Random, height: int, width: int, photos: bool) -> list
     kind = rng.choice(["surface", "photo", "landscape", "boxes"], p=[0.25, 0.3, 0.25, 0.2])
     colours = palette(rng, 4)
     if kind == "photo" and photos:
-        name = str(rng.choice(PHOTOS if rng.random() < 0.6 else SURFACES))
-        layers = [Layer(photo_crop(rng, height, width, name, rng.uniform(0.5, 1.2)), None, 1.0)]
+        # Of a picture of something, only a part: whole, it would be a thing to look at.
+        name, share = str(rng.choice(SURFACES)), rng.uniform(0.5, 1.2)
+        if rng.random() < 0.6:
+            name, share = str(rng.choice(PHOTOS)), rng.uniform(0.3, 0.7)
+        layers = [Layer(photo_crop(rng, height, width, name, share), None, 1.0)]
     elif kind == "landscape":
         layers = landscape(rng, height, width, photos)
     elif kind == "boxes":
@@ -698,16 +702,16 @@ class SyntheticClip:
         for thing in self.things:
             mask = np.maximum(mask, self.draw(drawn, thing, t))
         if self.occluder is not None:
-            hidden = self.lay(drawn, self.occluder, t)
-            mask = np.where(hidden >= 128, 0, mask)
+            mask[self.lay(drawn, self.occluder, t) >= 128] = 0
         return self.expose(drawn, t), (mask >= 128).astype(np.uint8)
 
-    def lay(self, drawn: np.ndarray, layer: Layer, t: float) -> np.ndarray | None:
+    def lay(self, drawn: np.ndarray, layer: Layer, t: float) -> np.ndarray:
+        """Draw a layer; gives its coverage (H, W) uint8."""
         matrix = self.camera(t, layer)
         look = warp(layer.picture, matrix, self.height, self.width)
         if layer.cover is None:
             drawn[...] = look
-            return None
+            return np.full((self.height, self.width), 255, np.uint8)
         cover = warp(layer.cover, matrix, self.height, self.width)
         blend(drawn, look, cover)
         return cover
@@ -748,7 +752,7 @@ class SyntheticClip:
         x, y, dark = shadow
         if dark == 0.0:
             return
-        moved = np.float32([[1, 0, x * size], [0, 1, y * size]])
+        moved = translation(x * size, y * size)[:2]
         cast = cv2.warpAffine(union, moved, (self.width, self.height))
         soft = 2 * max(int(0.15 * size), 1) + 1
         drawn *= 1 - cv2.blur(cast, (soft, soft)).astype(np.float32)[..., None] * (dark / 255)
@@ -766,5 +770,5 @@ class SyntheticClip:
         if self.quality is not None:
             options = [cv2.IMWRITE_JPEG_QUALITY, self.quality]
             _, coded = cv2.imencode(".jpg", image[..., ::-1], options)
-            image = cv2.imdecode(coded, cv2.IMREAD_COLOR)[..., ::-1]
-        return np.ascontiguousarray(image)
+            image = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB))
+        return image
