@@ -54,7 +54,7 @@ class MSSA(PretrainedModel):
         frames (B, T, 3, H, W) RGB in [0, 1], any T from 1, any H and W -> logits (B, T, 1, H, W).
     """
 
-    outputs = "all"  # a window gives the mask of each of its frames
+    outputs = "all"
     needs_prior = False
 
     def __init__(
@@ -80,7 +80,8 @@ class MSSA(PretrainedModel):
         strides = [*skips, *levels]
         if not levels or strides != sorted(set(strides)):
             raise InputError(f"skips {tuple(skips)} and levels {tuple(levels)} must ascend")
-        self.clip_length, self.image_size = clip_length, tuple(image_size)
+        self.clip_length = clip_length
+        self.image_size = (int(image_size[0]), int(image_size[1]))
         self.backbone = Backbone(backbone, strides, **(backbone_options or {}))
         skip_channels = self.backbone.channels[: len(skips)]
         level_channels = self.backbone.channels[len(skips) :]
@@ -143,8 +144,10 @@ class MSSA(PretrainedModel):
         return rearrange(x[..., :height, :width], "(b t) c h w -> b t c h w", b=batch)
 
     def load_backbone(self, weights: str | Path) -> None:
-        """ImageNet weights: a torchvision name or a file; see `Backbone.load_weights`."""
         self.backbone.load_weights(weights)
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        return list(self.backbone.parameters())
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -25,6 +25,19 @@ class PretrainedModel(
 
     The class is written into config.json beside its arguments, so that `load_model` finds it.
     """
+
+    clip_length: int  # frames of a clip in training, and of a window in prediction
+    image_size: tuple[int, int]  # (height, width) it is trained at
+    outputs: Literal["all", "last"]  # which frames of a window get a mask
+    needs_prior: bool  # whether it takes a motion prior beside the frames
+
+    def load_backbone(self, weights: str | Path) -> None:
+        """ImageNet weights: a torchvision name or a file; see `Backbone.load_weights`."""
+        raise NotImplementedError
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """What `load_backbone` fills; it may train at another rate than the rest."""
+        raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .data import open_dataset
 from .data.clips import ClipDataset
+from .data.transforms import Augmentation
 from .errors import InputError
 from .files import whole_file
 from .losses import mssa_loss
@@ -48,12 +49,15 @@ class DataConfig:
     train: list[Source] = field(default_factory=list)
     validation: Source | None = None
     roots: dict[str, str] = field(default_factory=dict)  # dataset -> folder
-    size: list[int] = field(default_factory=lambda: [224, 224])
+    # (height, width) of the samples; with several sizes, batches alternate between them
+    sizes: list[list[int]] = field(default_factory=lambda: [[224, 224]])
     clip_length: int = 5
-    max_stride: int = 1  # frames of a clip are 1 to this far apart
     sampling: str = "adjacent"  # or "random": any frames of a sequence, in order
+    max_stride: int = 1  # adjacent frames of a clip are 1 to this far apart
     augment: bool = True
-    cache: bool = False  # keep decoded pictures in memory
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    label_weights: dict[str, float] = field(default_factory=dict)  # fine, coarse; default 1
+    cache: bool = False  # keep the resized frames in memory, in each worker
     workers: int = 2
 
 
@@ -130,16 +134,26 @@ def _first_line(error: Exception) -> str:
 
 
 class Mix(Dataset):
-    """Samples by number, drawn from several clip datasets in proportion to their shares."""
+    """Samples by number, drawn from several clip datasets in proportion to their shares.
 
-    def __init__(self, parts: Sequence[ClipDataset], shares: Sequence[float], seed: int):
-        self.parts, self.seed = list(parts), seed
+    parts[s][d] gives clips of dataset d at size s; batches alternate between the sizes.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[ClipDataset]],
+        shares: Sequence[float],
+        seed: int,
+        numbers_per_size: int,
+    ):
+        self.parts, self.seed, self.numbers_per_size = parts, seed, numbers_per_size
         self.bounds = np.cumsum(shares) / np.sum(shares)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         draw = np.random.default_rng((self.seed, number)).random()
-        part = min(int(np.searchsorted(self.bounds, draw, side="right")), len(self.parts) - 1)
-        return self.parts[part][number]
+        part = min(int(np.searchsorted(self.bounds, draw, side="right")), len(self.bounds) - 1)
+        size = number // self.numbers_per_size % len(self.parts)
+        return self.parts[size][part][number]
 
 
 class SampleNumbers(Sampler[list[int]]):
@@ -165,7 +179,8 @@ class Task(lightning.LightningModule):
 
     def __init__(self, model: PretrainedModel, config: Config):
         super().__init__()
-        self.model, self.config = model, config
+        self.model: PretrainedModel = model
+        self.config = config
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         logits = self.model(batch["frames"])
@@ -184,13 +199,15 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.config.optimizer
-        backbone = list(self.model.backbone.parameters())
+        backbone = self.model.backbone_parameters()
         known = {id(p) for p in backbone}
         rest = [p for p in self.model.parameters() if id(p) not in known]
         rate = options.learning_rate
         optimizer = torch.optim.Adam(
-            [{"params": rest}, {"params": backbone, "lr": rate * options.backbone_factor}],
-            lr=rate,
+            [
+                {"params": rest, "lr": rate},
+                {"params": backbone, "lr": rate * options.backbone_factor},
+            ],
             weight_decay=options.weight_decay,
         )
 
@@ -289,7 +306,7 @@ def validate(
 
     training = model.training
     evaluator = SaliencyEvaluator(protocol="davsod")
-    pictures = {}
+    pictures: dict[str, np.ndarray] = {}
     predictor = VideoPredictor(model, device=next(model.parameters()).device)
     try:
         for name, frames in records.sequences.items():
@@ -322,20 +339,28 @@ def make_dataset(config: Config) -> Mix:
     data = config.data
     if not data.train:
         raise InputError("data.train is empty: at least one dataset is needed")
+    strides: Any = "random" if data.sampling == "random" else (1, data.max_stride)
+    if data.sampling not in ("adjacent", "random"):
+        raise InputError(f'data.sampling must be "adjacent" or "random", got {data.sampling!r}')
+    sources = [open_source(data, source) for source in data.train]
     parts = [
-        ClipDataset(
-            open_source(data, source),
-            clip_length=data.clip_length,
-            max_stride=data.max_stride,
-            sampling=data.sampling,
-            size=tuple(data.size),
-            augment=data.augment,
-            cache=data.cache,
-            seed=config.seed,
-        )
-        for source in data.train
+        [
+            ClipDataset(
+                records,
+                data.clip_length,
+                strides=strides,
+                size=(size[0], size[1]),
+                augment=data.augmentation if data.augment else None,
+                seed=config.seed,
+                label_weights=data.label_weights,
+                cache=data.cache,
+            )
+            for records in sources
+        ]
+        for size in data.sizes
     ]
-    return Mix(parts, [source.share for source in data.train], config.seed)
+    numbers = config.batch_size * config.devices * config.nodes  # in one batch over all devices
+    return Mix(parts, [source.share for source in data.train], config.seed, numbers)
 
 
 def make_model(config: Config) -> PretrainedModel:
