@@ -6,7 +6,8 @@ Imports of torch and the like happen inside the commands, so that `vsod --help` 
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -21,6 +22,24 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Check datasets and bring them into one layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="Recipe, such as recipes/mssa-pretrain.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as batch_size=2 seed=1."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+) -> None:
+    """Train a model as a recipe says; the run folder is its key `out`."""
+    from .training import read_config, train
+
+    folder = train(read_config(config, overrides or []), resume=resume)
+    print(f"vsod train: the model is in {folder}")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

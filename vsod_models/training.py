@@ -8,10 +8,11 @@ was killed and resumed sees what it would have seen, and so do two devices that 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -102,35 +103,51 @@ class Config:
 def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A recipe with `key=value` (dotted, YAML values) laid over it.
 
+    A recipe may name another one beside it, `base: other.yaml`, which it then changes.
+
     Raises:
         InputError: unknown key, wrong type or missing value; names the file or the override.
     """
     config = OmegaConf.structured(Config)
+    layers = _recipe_layers(Path(file))
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"{override!r} is not key=value")
+        try:
+            layers.append((override, OmegaConf.from_dotlist([override])))
+        except Exception as error:  # the YAML parser's own kinds
+            raise InputError(f"{override}: {_first_line(error)}") from None
+    for source, layer in layers:
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            raise InputError(f"{source}: {_first_line(error)}") from None
+    try:
+        return cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{file}: {_first_line(error)}") from None
+
+
+def _recipe_layers(file: Path) -> list[tuple[str, Any]]:
+    """A recipe after those that it is based on, each with its name."""
     try:
         loaded = OmegaConf.load(file)
     except FileNotFoundError:
         raise InputError(f"{file}: no such recipe") from None
     except Exception as error:  # the YAML parser's own kinds
         raise InputError(f"{file}: not readable as YAML ({_first_line(error)})") from None
-    try:
-        config = OmegaConf.merge(config, loaded)
-    except OmegaConfBaseException as error:
-        raise InputError(f"{file}: {_first_line(error)}") from None
-    for override in overrides:
-        if "=" not in override:
-            raise InputError(f"{override!r} is not key=value")
-        try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
-        except OmegaConfBaseException as error:
-            raise InputError(f"{override}: {_first_line(error)}") from None
-    try:
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise InputError(f"{file}: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{file}: a recipe is a mapping of keys to values")
+    base = loaded.pop("base", None)
+    return (_recipe_layers(file.parent / base) if base else []) + [(str(file), loaded)]
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines()]
+    key = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), ""
+    )
+    return lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
 
 
 class Mix(Dataset):
@@ -234,14 +251,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class Bar(Callback):
-    """One progress bar over all iterations, with the loss."""
+    """One progress bar over all iterations; where there is no terminal, a line a minute."""
 
     def __init__(self) -> None:
-        self.progress: Progress | None = None
-
-    def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -249,26 +261,34 @@ class Bar(Callback):
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        self.progress.start()
-        self.row = self.progress.add_task(
-            "training", total=trainer.max_steps, completed=trainer.global_step, rate=""
-        )
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any) -> None:
-        if self.progress is not None:
-            loss = float(trainer.callback_metrics.get("loss", float("nan")))
-            speed = self.progress.tasks[self.row].speed
-            self.progress.update(
-                self.row,
-                completed=trainer.global_step,
-                description=f"loss {loss:.4f}",
-                rate=f"{speed:.2f} it/s" if speed else "",
+    def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+        self.active = trainer.is_global_zero
+        self.bar = self.active and self.progress.console.is_terminal
+        self.first, self.began = trainer.global_step, time.monotonic()
+        self.told = self.began
+        if self.bar:
+            self.progress.start()
+            self.row = self.progress.add_task(
+                "training", total=trainer.max_steps, completed=trainer.global_step, rate=""
             )
 
+    def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any) -> None:
+        if not self.active:
+            return
+        now, done = time.monotonic(), trainer.global_step
+        loss = float(trainer.callback_metrics.get("loss", float("nan")))
+        rate = f"{(done - self.first) / (now - self.began):.2f} it/s"
+        if self.bar:
+            self.progress.update(
+                self.row, completed=done, description=f"loss {loss:.4f}", rate=rate
+            )
+        elif now - self.told >= 60 or done == trainer.max_steps:
+            self.told = now
+            print(f"iteration {done} of {trainer.max_steps}, loss {loss:.4f}, {rate}", flush=True)
+
     def teardown(self, *rest: Any, **named: Any) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        self.progress.stop()
 
 
 class Validation(Callback):
@@ -365,7 +385,7 @@ def make_dataset(config: Config) -> Mix:
 
 def make_model(config: Config) -> PretrainedModel:
     """The model of a recipe with its initial weights, the same on every device."""
-    lightning.seed_everything(config.seed, verbose=False)
+    torch.manual_seed(config.seed)
     arguments = dict(config.model)
     model = build_model(str(arguments.pop("name", "mssa")), arguments, "recipe")
     if config.initial is not None:
