@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from ..errors import InputError
@@ -98,7 +97,9 @@ def read_instances(
 
 
 def union(segmentations: tuple[Any, ...], height: int, width: int) -> np.ndarray:
-    """(height, width) uint8, 0 or 255."""
+    """(height, width) uint8, 0 or 255: the pixels whose centre lies in a segmentation."""
+    from skimage.draw import polygon
+
     mask = np.zeros((height, width), np.uint8)
     for segmentation in segmentations:
         if isinstance(segmentation, dict):
@@ -106,8 +107,9 @@ def union(segmentations: tuple[Any, ...], height: int, width: int) -> np.ndarray
             continue
         for outline in segmentation:
             points = np.asarray(outline, np.float64).reshape(-1, 2)
-            # COCO's (0, 0) is the corner of the first pixel, OpenCV's its centre.
-            cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 255, shift=4)
+            # COCO's (0, 0) is the corner of the first pixel, here it is its centre.
+            columns, rows = points.T - 0.5
+            mask[polygon(rows, columns, mask.shape)] = 255
     return mask
 
 

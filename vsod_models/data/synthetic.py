@@ -59,7 +59,7 @@ def open_synthetic(
         key = (seed, split, index, tuple(size), photos)
         records += [
             Record(
-                sequence=f"clip-{index:06d}",
+                sequence=f"{split}-{index:06d}",
                 frame=t,
                 name=f"{t:05d}",
                 image=partial(_image, key, t),
