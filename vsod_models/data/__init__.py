@@ -41,6 +41,7 @@ DATASETS: dict[str, Dataset] = {
 
 
 def find_dataset(name: str) -> Dataset:
+    """The reader of a name; InputError with the names there are for any other."""
     if name not in DATASETS:
         raise InputError(f"dataset is {name!r}; it has to be one of {', '.join(DATASETS)}")
     return DATASETS[name]
