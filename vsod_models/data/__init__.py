@@ -1,12 +1,69 @@
-"""Datasets, clips and augmentation."""
+"""Datasets, clips and augmentation.  This file imports no torch: readers do without."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from . import coco, davis16, fbms59, repack, segtrackv2, stills, synthetic
+from .folders import Counts
 from .records import Record, Records
-from .synthetic import open_synthetic
 
-__all__ = ["Record", "Records", "open_dataset"]
+__all__ = ["DATASETS", "Dataset", "Record", "Records", "open_dataset"]
 
 
-def open_dataset(name, root, split, **options):
-    return open_synthetic(split, **options)
+@dataclass(frozen=True)
+class Dataset:
+    """A reader, its splits, and the official numbers of each where they are known."""
+
+    open: Callable[..., Records]
+    splits: tuple[str, ...]
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+
+
+DATASETS: dict[str, Dataset] = {
+    "davis16": Dataset(davis16.open_davis16, davis16.SPLITS, davis16.COUNTS),
+    "folder": Dataset(davis16.open_folder, davis16.SPLITS),
+    "fbms59": Dataset(fbms59.open_fbms59, fbms59.SPLITS, fbms59.COUNTS),
+    "segtrackv2": Dataset(segtrackv2.open_segtrackv2, segtrackv2.SPLITS, segtrackv2.COUNTS),
+    "repack": Dataset(repack.open_repack, repack.SPLITS),
+    "duts": Dataset(stills.open_duts, stills.DUTS_SPLITS, stills.DUTS_COUNTS),
+    "stills": Dataset(stills.open_stills, stills.SPLITS),
+    "coco": Dataset(coco.open_coco, coco.SPLITS),
+    "synthetic": Dataset(
+        lambda root, split, **options: synthetic.open_synthetic(split, **options), synthetic.SPLITS
+    ),
+}
+
+
+def find_dataset(name: str) -> Dataset:
+    """The reader of a name; InputError with the names there are for any other."""
+    if name not in DATASETS:
+        raise InputError(f"dataset is {name!r}; it has to be one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def open_dataset(
+    name: str, root: str | os.PathLike[str] | None, split: str, **options: Any
+) -> Records:
+    """The records of one split.
+
+    name: davis16, folder (DAVIS layout, some masks), fbms59, segtrackv2, repack, duts, stills,
+    coco or synthetic.  root: its folder; None for synthetic.  options: those of the reader,
+    `open_<name>`.  Raises InputError for a folder without the expected structure, a mask without
+    its frame, a frame without the mask it needs, an empty split.
+    """
+    dataset = find_dataset(name)
+    if root is None and name != "synthetic":
+        raise InputError(f"dataset {name} needs the folder that it lies in")
+    try:
+        return dataset.open(None if root is None else Path(root), split, **options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        wrong = str(error).rsplit("argument ", 1)[-1]
+        raise InputError(f"dataset {name} has no option {wrong}") from None

@@ -70,13 +70,15 @@ class ClipDataset(Dataset[Sample]):
         self.has_prior = len(records) > 0 and all(r.prior is not None for r in records)
 
         self.sequences = list(records.sequences.values())
-        self.anchors = [
+        anchors = [
             (s, t)
             for s, sequence in enumerate(self.sequences)
             for t, record in enumerate(sequence)
             if record.mask is not None
         ]
-        if not self.anchors:
+        # An array, since worker processes would copy the pages of so many small objects.
+        self.anchors = np.array(anchors, np.int32).reshape(-1, 2)
+        if not anchors:
             raise InputError(
                 f"{records.dataset} {records.split}: no frame with ground truth to train on"
             )
@@ -119,7 +121,7 @@ class ClipDataset(Dataset[Sample]):
     def choose(self, index: int, rng: np.random.Generator) -> list[Record]:
         """The records of sample `index`."""
         count = len(self.anchors)
-        s, t = self.anchors[int(order(self.seed, index // count, count)[index % count])]
+        s, t = self.anchors[order(self.seed, index // count, count)[index % count]].tolist()
         sequence, length = self.sequences[s], self.clip_length
         if self.strides == "random":
             others = np.delete(np.arange(len(sequence)), t)

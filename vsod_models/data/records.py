@@ -15,7 +15,7 @@ from ..errors import InputError
 Picture = Callable[[], np.ndarray]  # makes the array when called (synthetic clips)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots: synthetic sets have hundreds of thousands
 class Record:
     """One frame, with or without ground truth."""
 

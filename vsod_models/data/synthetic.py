@@ -55,13 +55,14 @@ def open_synthetic(
         if value < 1:
             raise InputError(f"{name} is {value}; synthetic clips need at least 1")
     records = []
+    names = [f"{t:05d}" for t in range(frames)]
     for index in range(clips):
         key = (seed, split, index, tuple(size), photos)
         records += [
             Record(
-                sequence=f"clip-{index:06d}",
+                sequence=f"{split}-{index:06d}",
                 frame=t,
-                name=f"{t:05d}",
+                name=names[t],
                 image=partial(_image, key, t),
                 mask=partial(_mask, key, t),
                 split=split,
