@@ -75,7 +75,10 @@ def evaluate(
             if path is not None
         ]
         evaluations = {}
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        terminal = Console(stderr=True)
+        with Progress(
+            console=terminal, transient=True, disable=not terminal.is_terminal
+        ) as progress:
             for name, folder in folders.items():
                 task = progress.add_task(name, total=None)
                 evaluations[name] = evaluation.evaluate_folder(
