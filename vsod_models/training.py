@@ -333,7 +333,7 @@ def validate(
             images = [record.read_image() for record in frames]
             maps = predictor.predict_clip(images)
             for record, saliency in zip(frames, maps, strict=True):
-                mask = record.read_mask()
+                mask = record.read_mask(evaluator.protocol.mask_above)
                 if mask is not None:
                     evaluator.add(name, record.name, saliency, mask)
             if len(pictures) < 3:
@@ -342,7 +342,7 @@ def validate(
                 pictures[name] = np.concatenate([images[middle], grey], 1)
     finally:
         model.train(training)
-    return evaluator.result()["overall"], pictures
+    return evaluator.result().overall, pictures
 
 
 def open_source(data: DataConfig, source: Source) -> Any:

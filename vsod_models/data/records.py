@@ -25,7 +25,7 @@ class Record:
     image: Path | Picture
     mask: Path | Picture | None
     split: str
-    # Grey or colour picture as read (uint8) -> foreground; None: grey > 127.
+    # Grey or colour picture as read (uint8) -> foreground; None: grey above a threshold.
     foreground: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False)
     label: Literal["fine", "coarse"] = "fine"
     prior: Path | None = None  # motion prior, a grey picture (MSST)
@@ -34,14 +34,17 @@ class Record:
         """(H, W, 3) uint8, RGB."""
         return read_rgb(self.image) if isinstance(self.image, Path) else self.image()
 
-    def read_mask(self) -> np.ndarray | None:
-        """(H, W) uint8, 0 or 1; None where the frame has no ground truth."""
+    def read_mask(self, above: int = 127) -> np.ndarray | None:
+        """(H, W) uint8, 0 or 1; None where the frame has no ground truth.
+
+        Foreground is what `foreground` says, and without one where the grey level is `above` that.
+        """
         if self.mask is None:
             return None
         picture = read_as_stored(self.mask) if isinstance(self.mask, Path) else self.mask()
         if self.foreground is not None:
             return self.foreground(picture).astype(np.uint8)
-        return (grey(picture) > 127).astype(np.uint8)
+        return (grey(picture) > above).astype(np.uint8)
 
 
 class Records(Sequence[Record]):
