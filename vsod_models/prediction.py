@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,7 +132,7 @@ class VideoPredictor:
             and `decode(maps, (h, w)) -> (B, T, 1, h, w)`, or (B, 1, h, w) for "last", logits.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         size: (height, width) that frames are resized to for the model; None: `image_size`.
-        overlap: frames that neighbouring windows share.
+        overlap: frames that neighbouring windows share; None: 2, less for windows of 1 or 2.
         batch: windows that go through the model at once; None: 1 on the CPU, 4 elsewhere.
         precision: "float32", or "bfloat16" or "float16" for autocast.
         crf: refine each mask with :func:`vsod_ops.dense_crf` at the frame's size.
@@ -144,10 +146,10 @@ class VideoPredictor:
     def __init__(
         self,
         model: nn.Module,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         size: tuple[int, int] | None = None,
         *,
-        overlap: int = 2,
+        overlap: int | None = None,
         batch: int | None = None,
         precision: str = "float32",
         crf: bool = False,
@@ -163,13 +165,17 @@ class VideoPredictor:
         self.size = (int(height), int(width))
         if min(self.size) < 1:
             raise InputError(f"size must be at least 1x1, got {width}x{height}")
+        if overlap is None:
+            overlap = min(2, self.length - 1)
         if not 0 <= overlap < self.length:
             raise InputError(
                 f"overlap must be 0 to {self.length - 1} for windows of {self.length} frames, "
                 f"got {overlap}"
             )
         self.stride = 1 if self.model.outputs == "last" else self.length - overlap
-        self.batch = batch or (1 if self.device.type == "cpu" else 4)
+        if batch is None:
+            batch = 1 if self.device.type == "cpu" else 4
+        self.batch = batch
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
         dtypes = {
@@ -348,7 +354,7 @@ class VideoPredictor:
         return saliency
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str | torch.device) -> torch.device:
     """ "auto" is CUDA where there is one; a device that is not there is an InputError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -387,6 +393,7 @@ class Written:
 
     frames: int
     stopped: bool  # by Ctrl-C: the frames before it are there, playable
+    notes: tuple[str, ...] = ()  # what the user should know of the file
 
 
 def predict_file(
@@ -429,7 +436,7 @@ def predict_file(
                 writer.close(stopped=stopped)
         except KeyboardInterrupt:
             pass  # all was written: there is nothing to stop
-    return Written(done, stopped)
+    return Written(done, stopped, tuple(writer.notes))
 
 
 def check_view(view: str | None, output: PathLike) -> str:
@@ -440,6 +447,52 @@ def check_view(view: str | None, output: PathLike) -> str:
     if view == "matte" and Path(output).suffix.lower() == ".mp4":
         raise InputError(f"{output}: .mp4 has no alpha; write a .mov or .webm, or take --as cutout")
     return view
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "640x360" -> (360, 640), height first."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise InputError(f"--size must be WIDTHxHEIGHT such as 640x360, got {text}")
+    return int(match[2]), int(match[1])
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """ "#00ff00" or "green" -> (0, 255, 0) or (0, 128, 0)."""
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise InputError(f"--background must be a colour such as #00ff00, got {text}") from None
+
+
+@contextlib.contextmanager
+def progress_bar(frames: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar with frames/s and the time left, on a terminal; gives what `predict_file` calls."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    speed = TextColumn("{task.fields[speed]:.1f} frames/s")
+    console = Console(stderr=True)
+    bar = Progress(
+        BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("frames", total=frames, speed=0.0)
+        began = time.monotonic()
+
+        def progress(done: int) -> None:
+            bar.update(task, completed=done, speed=done / max(time.monotonic() - began, 1e-9))
+
+        yield progress
 
 
 @contextlib.contextmanager

@@ -318,6 +318,8 @@ def ahead(items: Iterable[T], depth: int = 4) -> Generator[T]:
 class Writer(Protocol):
     """Takes (H, W), (H, W, 3) or (H, W, 4) uint8 pictures, each with the frame it was made of."""
 
+    notes: list[str]  # what the user should know of the file, one line each
+
     def write(self, picture: np.ndarray, frame: Frame) -> None: ...
 
     def close(self, *, stopped: bool = False) -> None:
@@ -448,6 +450,7 @@ class Png:
 
     def __init__(self, path: Path, output: Path):
         self.path, self.output, self.folder = path, output, path.is_dir()
+        self.notes: list[str] = []
 
     def write(self, picture: np.ndarray, frame: Frame) -> None:
         if frame.index and not self.folder:
@@ -495,7 +498,7 @@ class Video:
         self.stream: Any = None
         self.sound: Sound | None = None
         self.size: tuple[int, int] | None = None
-        self.odd = False
+        self.notes: list[str] = []
 
     def _start(self, picture: np.ndarray, frame: Frame) -> None:
         height, width = picture.shape[:2]
@@ -509,9 +512,14 @@ class Video:
             options = {"profile": "4444", "alpha_bits": "16", "vendor": "apl0"}
         else:
             # H.264 halves its colour planes, which needs even sides; only 4:4:4 keeps odd ones.
-            self.odd = bool(width % 2 or height % 2)
-            codec, pixels = "libx264", "yuv444p" if self.odd else "yuv420p"
+            odd = width % 2 or height % 2
+            codec, pixels = "libx264", "yuv444p" if odd else "yuv420p"
             options = {"crf": "18", "bf": "0"}
+            if odd:
+                self.notes.append(
+                    f"{self.output}: {width}x{height} is odd, which H.264 keeps only as 4:4:4; "
+                    "QuickTime and Safari play .webm instead"
+                )
         stream = self.container.add_stream(codec, rate=self.source.rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         context = stream.codec_context
@@ -526,6 +534,8 @@ class Video:
         self.stream = stream
         if self.source.sound is not None:
             self.sound = Sound(self.source.sound, self.container, self.ending)
+            if self.sound.left_out:
+                self.notes.append(f"{self.source.name}: sound of unknown coding is left out")
 
     def write(self, picture: np.ndarray, frame: Frame) -> None:
         with _writing(self.output):
@@ -576,10 +586,12 @@ class Sound:
         self.container = container
         self.input: Any = av.open(str(path))
         self.start = _start(self.input)
+        self.left_out = 0  # tracks that FFmpeg cannot read
         self.tracks: dict[int, Any] = {}  # index of the input stream -> what takes its packets
         for stream in self.input.streams.audio:
             if stream.codec_context is None:
-                continue  # FFmpeg does not know its coding
+                self.left_out += 1
+                continue
             if stream.codec_context.name in self.COPIED[ending]:
                 self.tracks[stream.index] = _CopiedTrack(stream, container)
             else:
@@ -659,6 +671,7 @@ class Gif:
         self.output, self.source = output, source
         with _writing(output):
             self.container: Any = av.open(str(path), "w")
+        self.notes: list[str] = []
         self.graph: Any = None
         self.last = -2
 
