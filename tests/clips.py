@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 UNITY = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
 
@@ -29,6 +30,7 @@ def make_video(
     """
     pts = list(range(frames)) if pts is None else pts
     with av.open(str(path), "w") as container:
+        convert = VideoReformatter()
         video = container.add_stream(codec, rate=25)
         video.width, video.height, video.pix_fmt = (*size, "yuv420p")
         video.codec_context.time_base = time_base
@@ -39,6 +41,7 @@ def make_video(
             audio.layout = "stereo"
         for index, when in enumerate(pts):
             frame = av.VideoFrame.from_ndarray(picture(index, size), format="rgb24")
+            frame = convert.reformat(frame, format="yuv420p", threads=1)
             frame.pts, frame.time_base = when + shift, time_base
             container.mux(video.encode(frame))
         container.mux(video.encode(None))

@@ -90,11 +90,15 @@ def predict(
         name=Path(model).name,
     )
     print(predictor.describe(), flush=True)
-    with prediction.progress_bar(source.frames) as progress:
-        written = prediction.predict_file(
-            predictor, source, output, view=view, background=colour, overwrite=overwrite,
-            progress=progress,
-        )  # fmt: skip
+    try:
+        with prediction.progress_bar(source.frames) as progress:
+            written = prediction.predict_file(
+                predictor, source, output, view=view, background=colour, overwrite=overwrite,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped before the first frame: nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
     for note in written.notes:
         print(f"note: {note}")
     if written.stopped:

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from .data.records import read_rgb
 from .errors import InputError
@@ -173,6 +174,7 @@ class VideoFile:
         shift = round(self._start / self.time_base)
         last = -1
         place = "at its first frame"
+        convert = VideoReformatter()  # one for all frames, and one thread: 1 ms less for each
         with _reading(self.path, lambda: place), av.open(str(self.path)) as container:
             stream = _picture_stream(self.path, container)
             stream.thread_type = "AUTO"
@@ -187,7 +189,8 @@ class VideoFile:
                     # Some containers give no time, or the same one twice.
                     pts = last + step if decoded.pts is None else decoded.pts - shift
                     last = pts = max(pts, last + 1)
-                    picture = upright(decoded.to_ndarray(format="rgb24"), _display_matrix(decoded))
+                    stored = convert.reformat(decoded, format="rgb24", threads=1).to_ndarray()
+                    picture = upright(stored, _display_matrix(decoded))
                     name = f"{index:05d}"
                     frame = Frame(picture, index, name, pts, self.time_base, decoded.duration or 0)
                     yield frame
@@ -495,6 +498,7 @@ class Video:
             options = {"movflags": "+faststart", "movie_timescale": str(max(1000, scale))}
         with _writing(output):
             self.container: Any = av.open(str(path), "w", container_options=options)
+        self.convert = VideoReformatter()  # as in reading
         self.stream: Any = None
         self.sound: Sound | None = None
         self.size: tuple[int, int] | None = None
@@ -527,10 +531,9 @@ class Video:
         context.flags |= av.codec.context.Flags.frame_duration
         context.sample_aspect_ratio = self.source.pixel_aspect
         # What players assume of an untagged file, and said as well.
-        colours = av.video.reformatter.Colorspace
-        self.colours = colours.ITU709 if height >= 720 else colours.SMPTE170M
+        self.colours = Colorspace.ITU709 if height >= 720 else Colorspace.SMPTE170M
         context.colorspace = self.colours
-        context.color_range = av.video.reformatter.ColorRange.MPEG
+        context.color_range = ColorRange.MPEG
         self.stream = stream
         if self.source.sound is not None:
             self.sound = Sound(self.source.sound, self.container, self.ending)
@@ -544,10 +547,12 @@ class Video:
             size = (picture.shape[1], picture.shape[0])
             if size != self.size:
                 raise InputError(_other_size(f"frame {frame.name}", size, self.size or size))
-            made = _to_av(picture).reformat(
+            made = self.convert.reformat(
+                _to_av(picture),
                 format=self.stream.pix_fmt,
                 dst_colorspace=self.colours,
-                dst_color_range=self.stream.codec_context.color_range,
+                dst_color_range=ColorRange.MPEG,
+                threads=1,
             )
             made.pts, made.time_base, made.duration = frame.pts, frame.time_base, frame.duration
             if self.sound is not None:
