@@ -322,7 +322,7 @@ def validate(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Scores over all sequences, and the middle frame of the first three beside its mask."""
     from .evaluation import SaliencyEvaluator
-    from .video import VideoPredictor
+    from .prediction import VideoPredictor
 
     training = model.training
     evaluator = SaliencyEvaluator(protocol="davsod")

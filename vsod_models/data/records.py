@@ -90,18 +90,21 @@ def read_as_stored(path: Path) -> np.ndarray:
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 of any picture: grey is repeated, alpha laid over black is dropped."""
-    from PIL import Image, UnidentifiedImageError
+    """(H, W, 3) uint8 of any picture, upright: grey is repeated, alpha is dropped."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if path.suffix.lower() in (".jpg", ".jpeg"):  # OpenCV decodes these at twice Pillow's rate
-        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if picture is not None:
-            return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
     try:
+        if path.suffix.lower() in (".jpg", ".jpeg"):  # OpenCV decodes these at twice Pillow's rate
+            data = path.read_bytes()
+            # It takes a file that was cut off for a whole one: leave it one that has its end mark.
+            if b"\xff\xd9" in data[-4096:]:
+                picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+                if picture is not None:
+                    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
         with Image.open(path) as opened:
             if opened.mode.startswith(("I", "F")):
                 return np.repeat(read_as_stored(path)[:, :, None], 3, axis=2)
-            return np.array(opened.convert("RGB"))
+            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

@@ -1,0 +1,453 @@
+"""Prediction over videos: windows, views, and the command `vsod predict` as a user meets it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("av")
+pytest.importorskip("cv2")
+pytest.importorskip("typer")
+pytest.importorskip("torchvision")
+Image = pytest.importorskip("PIL.Image")
+
+from clips import decode, make_video, picture, sound_packets  # noqa: E402
+
+from vsod_models import cli, pretrained  # noqa: E402
+from vsod_models.errors import InputError  # noqa: E402
+from vsod_models.prediction import (  # noqa: E402
+    VIEWS,
+    VideoPredictor,
+    parse_colour,
+    parse_size,
+    predict_file,
+)
+from vsod_models.video import open_source  # noqa: E402
+
+SIZE = (12, 16)
+
+
+class Windowed(nn.Module):
+    """Bright is salient, less so the farther the frame is from the mean of its window."""
+
+    clip_length, image_size, outputs, needs_prior = 5, SIZE, "all", False
+
+    def __init__(self):
+        super().__init__()
+        self.encoded = 0
+
+    def encode(self, frames):
+        self.encoded += frames.shape[0] * frames.shape[1]
+        return [frames.mean(2, keepdim=True), frames[:, :, :1, ::2, ::2]]
+
+    def decode(self, maps, size):
+        assert maps[0].shape[2:] == (1, *size) and maps[1].shape[:2] == maps[0].shape[:2]
+        bright = maps[0]
+        return 6 * bright - 3 - 2 * (bright - bright.mean(1, keepdim=True)).abs()
+
+
+class LastOnly(Windowed):
+    clip_length, outputs, needs_prior = 4, "last", True
+
+    def encode(self, frames, prior):
+        self.encoded += frames.shape[0] * frames.shape[1]
+        return [frames.mean(2, keepdim=True), prior]
+
+    def decode(self, maps, size):
+        assert maps[0].shape[1] == self.clip_length
+        weights = torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None, None]
+        return (maps[0] * weights).sum(1) / 5 + maps[1][:, -1]
+
+
+def clip(count, size=SIZE):
+    generator = np.random.default_rng(count)
+    return [generator.integers(0, 255, (*size, 3), np.uint8) for _ in range(count)]
+
+
+def as_input(frames):
+    return torch.from_numpy(np.stack(frames)).movedim(-1, 1)[None].float() / 255
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("overlap", [0, 1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 7, 8, 11, 23])
+def test_windows_are_averaged_and_each_frame_is_encoded_once(count, overlap, batch):
+    frames, model = clip(count), Windowed()
+    made = VideoPredictor(model, "cpu", overlap=overlap, batch=batch).predict_clip(frames)
+    assert model.encoded == count
+
+    length, stride = min(5, count), 5 - overlap
+    starts = list(range(0, count - length + 1, stride))
+    inputs = as_input(frames)
+    total, weight = torch.zeros(count, *SIZE), torch.zeros(count)
+    windows = [(start, 0) for start in starts]
+    if starts[-1] + length < count:  # the last one reaches back, over frames that are given away
+        windows.append((count - length, starts[-1] + stride))
+    for start, first in windows:
+        window = inputs[:, start : start + length]
+        probability = model.decode(model.encode(window), SIZE).sigmoid()[0, :, 0]
+        for t in range(length):
+            if start + t >= first:
+                share = min(t + 1, length - t)
+                total[start + t] += share * probability[t]
+                weight[start + t] += share
+    expected = (total / weight[:, None, None]).numpy()
+    np.testing.assert_allclose(np.stack(made), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_a_model_of_the_last_frame(count, batch):
+    frames, model, seen = clip(count), LastOnly(), []
+
+    def prior(frame, neighbour):
+        seen.append((frame, neighbour))
+        return frame[:, :, 0].astype(np.float32) / 255
+
+    predictor = VideoPredictor(model, "cpu", batch=batch, prior=prior)
+    made = predictor.predict_clip(frames)
+    assert model.encoded == count
+    for index, (frame, neighbour) in enumerate(seen):
+        other = index + 1 if index + 1 < count else max(0, index - 1)
+        assert frame is frames[index] and neighbour is frames[other]
+    for index in range(count):
+        window = [frames[max(0, index - back)] for back in (3, 2, 1, 0)]
+        prior_input = as_input(window)[:, :, :1]
+        logits = model.decode(model.encode(as_input(window), prior_input), SIZE)
+        expected = logits.sigmoid()[0, 0].numpy()
+        np.testing.assert_allclose(made[index], expected, rtol=0, atol=1e-6)
+
+
+def test_results_have_the_size_and_time_of_their_frames(tmp_path):
+    path = make_video(tmp_path / "a.mp4", frames=7, size=(64, 48))
+    results = list(VideoPredictor(Windowed(), "cpu").stream(path))
+    assert [r.index for r in results] == list(range(7))
+    assert [r.time for r in results] == pytest.approx([i / 25 for i in range(7)])
+    for result in results:
+        assert result.frame.shape == (48, 64, 3) and result.frame.dtype == np.uint8
+        assert result.saliency.shape == (48, 64) and result.saliency.dtype == np.float32
+        assert 0 <= result.saliency.min() < 0.1 < 0.3 < result.saliency.max() <= 1
+    mixed = VideoPredictor(Windowed(), "cpu").predict_clip([*clip(3), *clip(2, (31, 17))])
+    assert [s.shape for s in mixed] == [SIZE] * 3 + [(31, 17)] * 2
+
+
+def test_no_frames():
+    assert VideoPredictor(Windowed(), "cpu").predict_clip([]) == []
+
+
+def test_mssa_in_one_window_is_the_model_itself():
+    from vsod_models.mssa import MSSA
+
+    model = MSSA(
+        backbone="resnet18", levels=(16, 32), skips=(8,), heads=(2, 2), dim=16, depth=1,
+        feed_forward=16, decoder_dim=8, image_size=(64, 96),
+    ).eval()  # fmt: skip
+    frames = clip(5, (64, 96))
+    predictor = VideoPredictor(model, "cpu", name="small")
+    with torch.inference_mode():
+        expected = model(as_input(frames)).sigmoid()[0, :, 0].numpy()
+    np.testing.assert_allclose(
+        np.stack(predictor.predict_clip(frames)), expected, rtol=0, atol=1e-5
+    )
+    assert re.fullmatch(
+        r"device cpu \(\d+ threads\), model small, float32, "
+        r"shunted_attention on backend (cpu|reference)",
+        predictor.describe(),
+    )
+
+
+def test_crf_follows_the_edges_of_the_frame():
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[8:40, 20:52] = 255
+    plain, refined = (
+        VideoPredictor(Windowed(), "cpu", size=(6, 8), crf=crf).predict_clip([frame])[0]
+        for crf in (False, True)
+    )
+    truth = frame[:, :, 0] / 255
+    assert np.abs(refined - truth).mean() < 0.5 * np.abs(plain - truth).mean()
+
+
+def test_precision():
+    frames = clip(6)
+    exact = np.stack(VideoPredictor(Windowed(), "cpu").predict_clip(frames))
+    rough = np.stack(VideoPredictor(Windowed(), "cpu", precision="bfloat16").predict_clip(frames))
+    np.testing.assert_allclose(rough, exact, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(overlap=5), "overlap must be 0 to 4"),
+        (dict(batch=0), "batch must be at least 1"),
+        (dict(precision="int8"), "precision must be one of"),
+        (dict(size=(0, 4)), "size must be at least 1x1"),
+        (dict(device="gpu"), "device must be auto, cpu or cuda"),
+        (dict(device="cuda:99"), "device cuda:99: "),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, words):
+    with pytest.raises(InputError, match=words):
+        VideoPredictor(Windowed(), **arguments)
+
+
+def test_what_is_not_a_frame():
+    with pytest.raises(InputError, match="needs a motion prior"):
+        VideoPredictor(LastOnly(), "cpu")
+    for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(InputError, match=r"frame 1 must be \(H, W, 3\) uint8"):
+            VideoPredictor(Windowed(), "cpu").predict_clip([clip(1)[0], bad])
+
+
+# ---- views
+
+
+def test_views():
+    frame = np.full((40, 60, 3), 100, np.uint8)
+    saliency = np.zeros((40, 60), np.float32)
+    saliency[10:30, 20:40] = 1
+    shown = {name: view(frame, saliency, (0, 255, 0)) for name, view in VIEWS.items()}
+    assert all(made.dtype == np.uint8 for made in shown.values())
+    np.testing.assert_array_equal(shown["mask"], saliency * 255)
+    np.testing.assert_array_equal(shown["matte"], np.dstack([frame, shown["mask"]]))
+    np.testing.assert_array_equal(shown["cutout"][0, 0], (0, 255, 0))
+    np.testing.assert_array_equal(shown["cutout"][20, 30], (100, 100, 100))
+    np.testing.assert_array_equal(shown["overlay"][0, 0], (100, 100, 100))
+    np.testing.assert_array_equal(shown["overlay"][20, 30], (178, 82, 82))
+    contour = shown["overlay"][10, 30].astype(int)  # drawn with soft edges
+    assert np.abs(contour - (255, 64, 64)).max() < 20
+    np.testing.assert_array_equal(shown["side-by-side"][:, :60], frame)
+    np.testing.assert_array_equal(shown["side-by-side"][:, 60:, 0], shown["mask"])
+
+
+def test_parsing():
+    assert parse_size("640x360") == (360, 640)
+    assert parse_colour("#0f0") == (0, 255, 0)
+    with pytest.raises(InputError, match="--size must be WIDTHxHEIGHT"):
+        parse_size("640")
+    with pytest.raises(InputError, match="--background must be a colour"):
+        parse_colour("greenish")
+
+
+# ---- the command
+
+
+@pytest.fixture
+def vsod(monkeypatch, capsys):
+    """Runs the command with a stub for every model: (exit code, stdout, stderr)."""
+
+    def run(*arguments, model=None):
+        monkeypatch.setattr(pretrained, "load_model", lambda name: model or Windowed())
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["predict", *map(str, arguments)])
+        return exit.value.code, *capsys.readouterr()
+
+    return run
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_video_out_of_a_video(tmp_path, vsod):
+    path = make_video(tmp_path / "in.mp4", frames=30, sound="aac")
+    code, out, _ = vsod(path, "-o", tmp_path / "out.mp4", "--device", "cpu")
+    assert code == 0
+    assert re.match(r"device cpu \(\d+ threads\), model mssa-tiny, float32\n", out)
+    assert out.endswith("out.mp4: 30 frames, overlay\n")
+    pictures, times = decode(tmp_path / "out.mp4")
+    assert [p.shape for p in pictures] == [(48, 64, 3)] * 30
+    assert times == decode(path)[1]
+    assert sound_packets(tmp_path / "out.mp4") == sound_packets(path)
+    assert files(tmp_path) == ["in.mp4", "out.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name, view, channels",
+    [("out.mov", "matte", 4), ("out.webm", "matte", 4), ("out.gif", "overlay", 3)],
+)
+def test_the_ending_says_what_is_shown(tmp_path, vsod, name, view, channels):
+    path = make_video(tmp_path / "in.mp4", frames=6)
+    code, out, _ = vsod(path, "-o", tmp_path / name)
+    assert code == 0 and out.endswith(f"{name}: 6 frames, {view}\n")
+    pictures, _ = decode(tmp_path / name, "rgba")
+    assert len(pictures) == 6
+    assert (pictures[0][:, :, 3].min() < 250) == (channels == 4)
+
+
+def test_masks_of_a_folder_are_what_the_evaluation_reads(tmp_path, vsod):
+    (tmp_path / "frames").mkdir()
+    for index in range(7):
+        Image.fromarray(picture(index)).save(tmp_path / "frames" / f"f{index}.jpg")
+    assert vsod(tmp_path / "frames", "-o", tmp_path / "maps" / "sequence")[0] == 0
+    made = Image.open(tmp_path / "maps" / "sequence" / "f3.png")
+    assert made.mode == "L" and made.size == (64, 48)
+    assert len(files(tmp_path / "maps" / "sequence")) == 7
+    # A glob that the shell has expanded, a folder that exists and is empty.
+    (tmp_path / "again").mkdir()
+    frames = sorted((tmp_path / "frames").iterdir())
+    assert vsod(*frames, "-o", tmp_path / "again")[0] == 0
+    for name in files(tmp_path / "again"):
+        again = (tmp_path / "again" / name).read_bytes()
+        assert again == (tmp_path / "maps" / "sequence" / name).read_bytes()
+
+
+def test_one_picture_side_by_side(tmp_path, vsod):
+    Image.fromarray(picture(0)).save(tmp_path / "in.png")
+    code, _, _ = vsod(tmp_path / "in.png", "-o", tmp_path / "out.png", "--as", "side-by-side")
+    assert code == 0 and Image.open(tmp_path / "out.png").size == (128, 48)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, vsod):
+    path = make_video(tmp_path / "in.mp4", frames=60)
+    cut = tmp_path / "cut.webm"
+    make_video(cut, frames=60, codec="libvpx-vp9")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    before = files(tmp_path)
+    out = tmp_path / "out.mp4"
+    for arguments, words in [
+        ((tmp_path / "gone.mp4", "-o", out), "gone.mp4: no such file"),
+        ((path, "-o", path, "--overwrite"), "in.mp4: is an input"),
+        ((path, "-o", out, "--as", "sketch"), "--as must be one of mask, overlay"),
+        ((path, "-o", out, "--as", "matte"), "out.mp4: .mp4 has no alpha"),
+        ((path, "-o", out, "--device", "cuda:77"), "device cuda:77: "),
+        ((path, "-o", out, "--size", "big"), "--size must be WIDTHxHEIGHT"),
+        ((path, "-o", out, "--background", "x"), "--background must be a colour"),
+        ((path, "-o", tmp_path / "out.xyz"), "out.xyz: cannot write .xyz"),
+        ((path, "-o", tmp_path / "in.mp4" / "out.mp4"), "out.mp4: cannot be written"),
+        ((cut, "-o", out), r"cut.webm: cut off after frame \d+ \("),
+        ((cut, "-o", tmp_path / "folder"), "cut.webm: cut off after frame"),
+    ]:
+        code, _, err = vsod(*arguments)
+        assert code == 2, arguments
+        assert re.search(words, err) and err.startswith("vsod: ") and err.count("\n") == 1, err
+        assert files(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_an_error(tmp_path, vsod):
+    path = make_video(tmp_path / "in.mp4", frames=2)
+    code, _, err = vsod(path, "-o", tmp_path / "out.mp4", "--device", "cuda")
+    assert code == 2 and err.startswith("vsod: device cuda: ") and files(tmp_path) == ["in.mp4"]
+
+
+def test_a_model_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    class Failing(Windowed):
+        def decode(self, maps, size):
+            if self.encoded > 12:
+                raise RuntimeError("broken")
+            return super().decode(maps, size)
+
+    source = open_source(make_video(tmp_path / "in.mp4", frames=40))
+    for name in ("out.mp4", "out.gif", "out"):
+        with pytest.raises(RuntimeError, match="broken"):
+            predict_file(VideoPredictor(Failing(), "cpu"), source, tmp_path / name)
+        assert files(tmp_path) == ["in.mp4"]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.mov", "out.gif", "out"])
+def test_an_interrupt_keeps_what_is_done(tmp_path, vsod, name):
+    class Interrupted(Windowed):
+        def decode(self, maps, size):
+            if self.encoded > 20:
+                raise KeyboardInterrupt
+            return super().decode(maps, size)
+
+    path = make_video(tmp_path / "in.mp4", frames=40, sound="aac")
+    code, _, err = vsod(path, "-o", tmp_path / name, model=Interrupted())
+    assert code == 130
+    frames = int(re.search(r"stopped: .* has the (\d+) frames", err).group(1))
+    assert 10 <= frames < 20
+    if name == "out":
+        assert len(files(tmp_path / name)) == frames
+    else:
+        assert len(decode(tmp_path / name)[0]) == frames
+    assert files(tmp_path) == sorted(["in.mp4", name])
+
+
+def test_an_interrupt_before_the_first_frame_leaves_nothing(tmp_path, vsod):
+    class Interrupted(Windowed):
+        def encode(self, frames):
+            raise KeyboardInterrupt
+
+    path = make_video(tmp_path / "in.mp4")
+    code, _, err = vsod(path, "-o", tmp_path / "out.mp4", model=Interrupted())
+    assert code == 130 and "nothing was written" in err
+    assert files(tmp_path) == ["in.mp4"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_ctrl_c_in_a_process_of_its_own(tmp_path):
+    path = make_video(tmp_path / "in.mp4", frames=500)
+    code = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_prediction import Windowed
+        from vsod_models import cli, pretrained
+        class Slow(Windowed):
+            def encode(self, frames):
+                time.sleep(0.05)
+                return super().encode(frames)
+        pretrained.load_model = lambda name: Slow()
+        cli.main(["predict", *sys.argv[1:]])
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path), "-o", str(tmp_path / "out.mp4")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("device ")
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    pictures, _ = decode(tmp_path / "out.mp4")
+    assert err == f"stopped: {tmp_path / 'out.mp4'} has the {len(pictures)} frames before that\n"
+    assert 3 <= len(pictures) < 400
+    assert files(tmp_path) == ["in.mp4", "out.mp4"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_length(tmp_path):
+    torch.set_num_threads(1)
+    frames, fast = 10_000, Fraction(1, 250)
+    path = make_video(tmp_path / "in.mp4", frames, (48, 32), time_base=fast, sound="aac")
+    memory = {}
+
+    def progress(done):
+        if done % 1000 == 0:
+            resident = int(Path("/proc/self/statm").read_text().split()[1])
+            memory[done] = resident * os.sysconf("SC_PAGESIZE") / 2**20
+
+    predictor = VideoPredictor(Windowed(), "cpu", batch=16)
+    written = predict_file(predictor, open_source(path), tmp_path / "out.mp4", progress=progress)
+    assert written.frames == frames
+    # 8000 frames of 4.5 kB are 35 MiB; the index of an MP4 takes 0.1 kB a frame.
+    assert memory[frames] - memory[2000] < 8, memory
+
+
+@pytest.mark.skipif("VSOD_DATA" not in os.environ, reason="VSOD_DATA is not set")
+@pytest.mark.parametrize("name", ["sam2_dog", "sam2_juggle", "tokenflow_wolf", "imageio_realshort"])
+def test_real_clips(tmp_path, name):
+    path = Path(os.environ["VSOD_DATA"]) / "videos" / f"{name}.mp4"
+    source = open_source(path)
+    written = predict_file(VideoPredictor(Windowed(), "cpu"), source, tmp_path / "out.mp4")
+    pictures, times = decode(tmp_path / "out.mp4")
+    expected, expected_times = decode(path)
+    assert len(pictures) == written.frames == source.frames
+    assert pictures[0].shape == expected[0].shape and times == expected_times

@@ -1,0 +1,511 @@
+"""Saliency of videos of any length, frame by frame, and the pictures that are made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as pictures
+
+import vsod_ops
+from vsod_ops import backends
+from vsod_ops.doctor import OPS
+
+from .errors import InputError
+from .video import Frame, PathLike, Source, ahead, open_source, open_writer
+
+# ---- what a prediction is shown as
+
+
+def mask(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W): the saliency itself, 0 to 255."""
+    return np.rint(saliency * 255).astype(np.uint8)
+
+
+def overlay(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W, 3): the frame, tinted by half where it is salient, with the contour at 0.5."""
+    share = 0.5 * saliency[:, :, None]
+    made = np.rint(frame * (1 - share) + share * np.array(TINT)).astype(np.uint8)
+    contours, _ = cv2.findContours(
+        (saliency >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
+    width = max(1, round(min(frame.shape[:2]) / 240))
+    return cv2.drawContours(made, contours, -1, TINT, width, cv2.LINE_AA)
+
+
+def matte(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W, 4): the frame with the saliency as its (straight) alpha."""
+    return np.dstack([frame, mask(frame, saliency, background)])
+
+
+def cutout(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W, 3): the frame over a plain colour, mixed by the saliency."""
+    share = saliency[:, :, None]
+    return np.rint(frame * share + (1 - share) * np.array(background)).astype(np.uint8)
+
+
+def side_by_side(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, 2 W, 3): the frame, and right of it the mask."""
+    return np.hstack([frame, cv2.cvtColor(mask(frame, saliency, background), cv2.COLOR_GRAY2RGB)])
+
+
+TINT = (255, 64, 64)
+VIEWS = {
+    "mask": mask,
+    "overlay": overlay,
+    "matte": matte,
+    "cutout": cutout,
+    "side-by-side": side_by_side,
+}
+
+
+def default_view(output: PathLike) -> str:
+    """overlay for .mp4 and .gif, matte for .webm and .mov, mask for .png and folders."""
+    ending = Path(output).suffix.lower()
+    return {".mp4": "overlay", ".gif": "overlay", ".webm": "matte", ".mov": "matte"}.get(
+        ending, "mask"
+    )
+
+
+# ---- the prediction
+
+
+@dataclass(frozen=True)
+class Result:
+    """One frame and its saliency."""
+
+    source: Frame
+    saliency: np.ndarray  # (H, W) float32 in [0, 1], of the frame's own size
+
+    @property
+    def frame(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        return self.source.picture
+
+    @property
+    def index(self) -> int:
+        return self.source.index
+
+    @property
+    def time(self) -> float:
+        """Seconds from the start."""
+        return self.source.time
+
+
+@dataclass
+class _Held:
+    """A frame that windows still need: its maps, and what windows said of it so far."""
+
+    frame: Frame
+    maps: list[Tensor]  # each (C, h, w)
+    total: Tensor | None = None  # (h, w), weighted sum of the probabilities
+    weight: float = 0.0
+
+
+class VideoPredictor:
+    """Runs a model over videos of any length; each frame goes through its backbone once.
+
+    A model that masks every frame of a window (MSSA) sees windows of `clip_length` frames that
+    share `overlap` frames; where windows overlap their probabilities are averaged, the frames in
+    the middle of a window weighing more than those at its ends.  The last window reaches back so
+    that it is whole.  A model that masks the last frame of a window (MSST) sees each frame with
+    the clip_length - 1 frames before it; the first frame stands in for those before the start.
+
+    Args:
+        model: has `clip_length`, `image_size` (height, width), `outputs` ("all" or "last"),
+            `needs_prior`, and
+            `encode(frames (B, T, 3, h, w)[, prior (B, T, 1, h, w)]) -> [(B, T, C, h', w'), ...]`
+            and `decode(maps, (h, w)) -> (B, T, 1, h, w)`, or (B, 1, h, w) for "last", logits.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        size: (height, width) that frames are resized to for the model; None: `image_size`.
+        overlap: frames that neighbouring windows share; None: 2, less for windows of 1 or 2.
+        batch: windows that go through the model at once; None: 1 on the CPU, 4 elsewhere.
+        precision: "float32", or "bfloat16" or "float16" for autocast.
+        crf: refine each mask with :func:`vsod_ops.dense_crf` at the frame's size.
+        prior: `prior(frame, neighbour) -> (H, W)` in [0, 1], for a model that needs a motion
+            prior; the neighbour is the next frame, and for the last one the frame before it.
+        name: of the model, for `describe`.
+
+    Raises InputError where an argument cannot be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: str | torch.device = "auto",
+        size: tuple[int, int] | None = None,
+        *,
+        overlap: int | None = None,
+        batch: int | None = None,
+        precision: str = "float32",
+        crf: bool = False,
+        prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        name: str | None = None,
+    ):
+        self.device = choose_device(device)
+        self.model = cast(Any, model)
+        self.model.eval().to(self.device)
+        self.name = name or type(model).__name__
+        self.length = int(self.model.clip_length)
+        height, width = size or self.model.image_size
+        self.size = (int(height), int(width))
+        if min(self.size) < 1:
+            raise InputError(f"size must be at least 1x1, got {width}x{height}")
+        if overlap is None:
+            overlap = min(2, self.length - 1)
+        if not 0 <= overlap < self.length:
+            raise InputError(
+                f"overlap must be 0 to {self.length - 1} for windows of {self.length} frames, "
+                f"got {overlap}"
+            )
+        self.stride = 1 if self.model.outputs == "last" else self.length - overlap
+        if batch is None:
+            batch = 1 if self.device.type == "cpu" else 4
+        self.batch = batch
+        if self.batch < 1:
+            raise InputError(f"batch must be at least 1, got {batch}")
+        dtypes = {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+        }
+        if precision not in dtypes:
+            raise InputError(f"precision must be one of {', '.join(dtypes)}, got {precision}")
+        self.dtype = dtypes[precision]
+        if self.model.needs_prior and prior is None:
+            raise InputError(f"model {self.name} needs a motion prior: pass prior=")
+        self.crf, self.prior = crf, prior
+
+    def describe(self) -> str:
+        """One line: device, model, and which backend runs each of our operators."""
+        device = f"cpu ({torch.get_num_threads()} threads)"
+        if self.device.type == "cuda":
+            device = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        chosen = {}
+        for module in self.model.modules():
+            if isinstance(module, vsod_ops.ShuntedAttention):
+                chosen["shunted_attention"] = module.backend
+            elif isinstance(module, vsod_ops.ConvLSTM):
+                chosen["conv_lstm"] = module.backend
+        if self.crf:
+            chosen["dense_crf"] = None
+        lines = [f"device {device}", f"model {self.name}", str(self.dtype).removeprefix("torch.")]
+        for op, backend in chosen.items():
+            dtype = torch.float32 if op == "dense_crf" else self.dtype
+            taken = backends.choose(op, OPS[op], backend, self.device.type, dtype)
+            lines.append(f"{op} on backend {taken}")
+        return ", ".join(lines)
+
+    def stream(
+        self,
+        source: PathLike | Source | Iterable[np.ndarray],
+        rate: Fraction | float = 25,
+    ) -> Generator[Result]:
+        """A result for each frame, in order, a few frames behind the reading.
+
+        source: a video, a picture, a folder or a glob of pictures, or (H, W, 3) uint8 RGB arrays.
+        rate: frames a second of what is not a video.
+        """
+        if isinstance(source, (str, os.PathLike)):
+            source = open_source(source, rate)
+        frames = ahead(_as_frames(source, rate))
+        with contextlib.closing(frames):
+            chunks = self._encoded(frames)
+            held = self._last(chunks) if self.model.outputs == "last" else self._all(chunks)
+            for one in held:
+                yield Result(one.frame, self._saliency(one))
+
+    def predict_clip(self, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Frames (H, W, 3) uint8 RGB -> the saliency (H, W) float32 in [0, 1] of each."""
+        return [result.saliency for result in self.stream(frames)]
+
+    def _encoded(self, frames: Iterable[Frame]) -> Iterator[list[_Held]]:
+        """The frames with their maps, as many at once as `batch` windows are new in."""
+        chunk: list[tuple[Frame, np.ndarray | None]] = []
+        for pair in self._with_prior(frames):
+            chunk.append(pair)
+            if len(chunk) == self.batch * self.stride:
+                yield self._encode(chunk)
+                chunk = []
+        if chunk:
+            yield self._encode(chunk)
+
+    def _with_prior(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, np.ndarray | None]]:
+        if self.prior is None or not self.model.needs_prior:
+            yield from ((frame, None) for frame in frames)
+            return
+        before: Frame | None = None
+        frame: Frame | None = None
+        for following in frames:
+            if frame is not None:
+                yield frame, self.prior(frame.picture, following.picture)
+            before, frame = frame, following
+        if frame is not None:
+            yield frame, self.prior(frame.picture, (before or frame).picture)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        try:
+            with torch.inference_mode(), autocast:
+                yield
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{self.device} ran out of memory: take a smaller batch (now {self.batch}) or "
+                f"size (now {self.size[1]}x{self.size[0]})"
+            ) from None
+
+    def _encode(self, chunk: Sequence[tuple[Frame, np.ndarray | None]]) -> list[_Held]:
+        size = list(self.size)
+        small = [
+            pictures.resize(torch.from_numpy(frame.picture).movedim(-1, 0), size, antialias=True)
+            for frame, _ in chunk
+        ]
+        with self._running():
+            inputs = [torch.stack(small)[None].to(self.device).float() / 255]
+            if self.model.needs_prior:
+                priors = [
+                    pictures.resize(torch.from_numpy(prior)[None].float(), size, antialias=True)
+                    for _, prior in chunk
+                    if prior is not None
+                ]
+                inputs.append(torch.stack(priors)[None].to(self.device))
+            maps = self.model.encode(*inputs)
+            return [_Held(frame, [m[0, t] for m in maps]) for t, (frame, _) in enumerate(chunk)]
+
+    def _decode(self, windows: Sequence[Sequence[_Held]]) -> Tensor:
+        """Windows of equal length -> probabilities (B, T, h, w), or (B, h, w) for "last"."""
+        with self._running():
+            levels = range(len(windows[0][0].maps))
+            maps = [
+                torch.stack([torch.stack([one.maps[k] for one in window]) for window in windows])
+                for k in levels
+            ]
+            return self.model.decode(maps, self.size).float().sigmoid().squeeze(-3)
+
+    def _all(self, chunks: Iterable[list[_Held]]) -> Iterator[_Held]:
+        held: deque[_Held] = deque()
+        first = 0  # index of held[0]
+        count = 0  # frames so far
+        start = 0  # of the next window; frames before it are final
+
+        def window(at: int, length: int) -> list[_Held]:
+            return [held[at - first + t] for t in range(length)]
+
+        for chunk in chunks:
+            held.extend(chunk)
+            count += len(chunk)
+            starts = range(start, count - self.length + 1, self.stride)
+            if not starts:
+                continue
+            self._add([window(at, self.length) for at in starts])
+            final, start = start, starts[-1] + self.stride
+            yield from window(final, start - final)
+            while first < count - self.length and first < start:
+                held.popleft()
+                first += 1
+        if count > start:
+            if held[-1].total is None:  # the last frames are in no window yet
+                length = min(self.length, count)
+                self._add([window(count - length, length)])
+            yield from window(start, count - start)
+
+    def _add(self, windows: Sequence[Sequence[_Held]]) -> None:
+        length = len(windows[0])
+        for window, probabilities in zip(windows, self._decode(windows), strict=True):
+            for t, (one, probability) in enumerate(zip(window, probabilities, strict=True)):
+                weight = min(t + 1, length - t)
+                one.total = weight * probability + (0 if one.total is None else one.total)
+                one.weight += weight
+
+    def _last(self, chunks: Iterable[list[_Held]]) -> Iterator[_Held]:
+        before: list[_Held] = []
+        for chunk in chunks:
+            row = (before or [chunk[0]] * (self.length - 1)) + chunk
+            windows = [row[t : t + self.length] for t in range(len(chunk))]
+            for one, probability in zip(chunk, self._decode(windows), strict=True):
+                one.total, one.weight = probability, 1.0
+            yield from chunk
+            before = row[len(row) - self.length + 1 :]
+
+    def _saliency(self, one: _Held) -> np.ndarray:
+        assert one.total is not None
+        small = (one.total / one.weight).cpu().numpy()
+        height, width = one.frame.picture.shape[:2]
+        saliency = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
+        if self.crf:
+            picture = torch.from_numpy(one.frame.picture).movedim(-1, 0)[None].to(self.device)
+            probability = torch.from_numpy(saliency)[None].to(self.device)
+            saliency = vsod_ops.dense_crf(probability, picture)[0].cpu().numpy()
+        return saliency
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """ "auto" is CUDA where there is one; a device that is not there is an InputError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu or cuda, got {name}") from None
+    if device.type == "cuda":
+        if torch.version.cuda is None:
+            raise InputError(f"device {name}: this torch ({torch.__version__}) is without CUDA")
+        if not torch.cuda.is_available():
+            raise InputError(f"device {name}: no CUDA device found")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device {name}: there are only {torch.cuda.device_count()}")
+    return device
+
+
+def _as_frames(source: Any, rate: Fraction | float) -> Iterator[Frame]:
+    step = 1 / Fraction(rate).limit_denominator(1001)
+    for index, frame in enumerate(source):
+        if isinstance(frame, Frame):
+            yield frame
+            continue
+        if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,) or not frame.size:
+            got = f"{getattr(frame, 'dtype', type(frame).__name__)} {getattr(frame, 'shape', '')}"
+            raise InputError(f"frame {index} must be (H, W, 3) uint8 RGB, got {got}")
+        yield Frame(np.ascontiguousarray(frame), index, f"{index:05d}", index, step, 1)
+
+
+# ---- from file to file
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `predict_file` left at its output."""
+
+    frames: int
+    stopped: bool  # by Ctrl-C: the frames before it are there, playable
+    notes: tuple[str, ...] = ()  # what the user should know of the file
+
+
+def predict_file(
+    predictor: VideoPredictor,
+    source: Source,
+    output: PathLike,
+    *,
+    view: str | None = None,
+    background: Sequence[int] = (255, 255, 255),
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda frames: None,
+) -> Written:
+    """Predict every frame of `source` and write the views of them to `output`.
+
+    view: a key of VIEWS; None: `default_view`.  background: RGB, of the cutout.
+    progress: called with the number of frames written, after each.
+
+    Ctrl-C ends the output with the frames that are done (KeyboardInterrupt if there are none);
+    any other failure leaves nothing there.
+    """
+    show = VIEWS[check_view(view, output)]
+    done, stopped = 0, False
+    with (
+        open_writer(output, source, overwrite=overwrite) as writer,
+        contextlib.closing(predictor.stream(source)) as results,
+    ):
+        try:
+            for result in results:
+                picture = show(result.frame, result.saliency, background)
+                with _uninterrupted():
+                    writer.write(picture, result.source)
+                    done += 1
+                progress(done)
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            stopped = True
+        try:
+            with _uninterrupted():
+                writer.close(stopped=stopped)
+        except KeyboardInterrupt:
+            pass  # all was written: there is nothing to stop
+    return Written(done, stopped, tuple(writer.notes))
+
+
+def check_view(view: str | None, output: PathLike) -> str:
+    """The view to write; raises InputError for an unknown one and for alpha that cannot be."""
+    view = view or default_view(output)
+    if view not in VIEWS:
+        raise InputError(f"--as must be one of {', '.join(VIEWS)}, got {view}")
+    if view == "matte" and Path(output).suffix.lower() == ".mp4":
+        raise InputError(f"{output}: .mp4 has no alpha; write a .mov or .webm, or take --as cutout")
+    return view
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "640x360" -> (360, 640), height first."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise InputError(f"--size must be WIDTHxHEIGHT such as 640x360, got {text}")
+    return int(match[2]), int(match[1])
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """ "#00ff00" or "green" -> (0, 255, 0) or (0, 128, 0)."""
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise InputError(f"--background must be a colour such as #00ff00, got {text}") from None
+
+
+@contextlib.contextmanager
+def progress_bar(frames: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar with frames/s and the time left, on a terminal; gives what `predict_file` calls."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    speed = TextColumn("{task.fields[speed]:.1f} frames/s")
+    console = Console(stderr=True)
+    bar = Progress(
+        BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("frames", total=frames, speed=0.0)
+        began = time.monotonic()
+
+        def progress(done: int) -> None:
+            bar.update(task, completed=done, speed=done / max(time.monotonic() - began, 1e-9))
+
+        yield progress
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: no frame is half-encoded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    handler = signal.signal(signal.SIGINT, lambda *signals: waiting.append(signals))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if waiting and callable(handler):
+        handler(*waiting[0])
