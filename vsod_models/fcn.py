@@ -30,6 +30,7 @@ class FCN(nn.Module):
     name: str
     first_weight: str  # key of the first convolution's weight
     channels: tuple[int, int]
+    output_stride: int
 
     def load_weights(self, weights: str | Path, *, keep_rgb: bool = True) -> None:
         """Loads ImageNet weights.
@@ -98,7 +99,7 @@ class LargeFOV(FCN):
         dropout: float = 0.5,
     ):
         super().__init__()
-        self.name = name
+        self.name, self.output_stride = name, output_stride
         features = build_network(name, width, {}).features[:-1]  # type: ignore[union-attr,index]
         assert isinstance(features, nn.Sequential)
         dilation, pools = 16 // output_stride, 0
@@ -162,6 +163,7 @@ class DilatedMobileNetV2(FCN):
 
     def __init__(self, in_channels: int = 3, *, output_stride: int = 16, width: float = 1.0):
         super().__init__()
+        self.output_stride = output_stride
         network = build_network(self.name, 1.0, {"width_mult": width})
         features = network.features[:-1]  # type: ignore[union-attr,index]
         assert isinstance(features, nn.Sequential)
