@@ -1,0 +1,196 @@
+"""Backbones: torchvision's classification networks as encoders that give one map per stride."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import vgg
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from .errors import InputError
+
+# torchvision's ImageNet statistics, RGB in [0, 1]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """A torchvision network cut after the last layer of each of the wanted strides.
+
+    For VGG16 these are the stages before their pools (stride 8: conv4_3, stride 16: conv5_3), for
+    MobileNetV2 the last block of each stride, for ResNet its layers.  Parameters keep the names
+    that torchvision gives them.
+
+    Args:
+        name: a name of `torchvision.models.list_models()`, such as "vgg16_bn" or "mobilenet_v2".
+        strides: which maps to give, ascending, such as (2, 4, 8, 16).
+        tap: "last" takes the last map of each stride, "first" the first one (for VGG: what the
+            pools give, so that strides (16, 32) are pool4 and pool5).
+        width: factor on the channels of VGG networks (MobileNetV2 has ``width_mult``).
+        **options: passed to torchvision's builder.
+
+    Shape:
+        images (N, 3, H, W) RGB in [0, 1], H and W any -> one (N, channels[i], ~H / strides[i],
+        ~W / strides[i]) for each stride.  Images smaller than the largest stride are padded by
+        repetition.
+
+    Raises:
+        InputError: unknown name or option, or a stride that the network does not have.
+    """
+
+    channels: list[int]
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        strides: Sequence[int],
+        *,
+        tap: str = "last",
+        width: float = 1.0,
+        **options: Any,
+    ):
+        super().__init__()
+        if tap not in ("first", "last"):
+            raise InputError(f'tap must be "first" or "last", got {tap!r}')
+        network = build_network(name, width, options)
+        maps = find_maps(network, tap)
+        missing = [stride for stride in strides if stride not in maps]
+        if missing:
+            raise InputError(f"backbone {name} has maps at strides {sorted(maps)}, not {missing}")
+        self.name, self.strides = name, tuple(strides)
+        self.channels = [maps[stride][1] for stride in strides]
+        self.body = create_feature_extractor(network, {maps[s][0]: str(s) for s in strides})
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        height, width = images.shape[-2:]
+        least = self.strides[-1]
+        if height < least or width < least:
+            images = F.pad(
+                images, (0, max(0, least - width), 0, max(0, least - height)), mode="replicate"
+            )
+        maps = self.body((images - self.mean) / self.std)
+        return [maps[str(stride)] for stride in self.strides]
+
+    def load_weights(self, weights: str | Path) -> None:
+        """Loads ImageNet weights.
+
+        Args:
+            weights: the name of torchvision weights, such as "IMAGENET1K_V1" or "DEFAULT" (taken
+                from torchvision's cache, or downloaded), or a .pth or .safetensors file with
+                torchvision's key names; a classifier in it is ignored.
+
+        Raises:
+            InputError: unknown name, no connection, or a file that does not fit the network.
+        """
+        path = Path(weights)
+        if path.suffix in (".pth", ".pt", ".safetensors"):
+            state, source = read_weights(path), str(path)
+        else:
+            state, source = fetch_weights(self.name, str(weights)), f"{self.name} {weights}"
+        wanted = self.body.state_dict()
+        missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+        unfit = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+        if missing or unfit:
+            raise InputError(
+                f"{source}: not weights of this {self.name}: {len(missing)} of {len(wanted)} "
+                f"parameters are missing and {len(unfit)} have another shape "
+                f"(first: {(missing + unfit)[0]})"
+            )
+        self.body.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+
+
+def build_network(name: str, width: float, options: Mapping[str, Any]) -> nn.Module:
+    """torchvision's network without weights; VGG with its channels multiplied by `width`."""
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise InputError(
+            f"backbone {name!r} is not a classification network of torchvision "
+            "(such as vgg16_bn, vgg16, mobilenet_v2, resnet18)"
+        )
+    try:
+        if width != 1.0:
+            depth, batch_norm = name.removesuffix("_bn"), name.endswith("_bn")
+            plans = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
+            if depth not in plans:
+                raise InputError(f"width is for VGG backbones, {name} has its own options")
+            plan = [
+                item if isinstance(item, str) else max(1, round(item * width))
+                for item in vgg.cfgs[plans[depth]]
+            ]
+            features = vgg.make_layers(cast(list[int | str], plan), batch_norm=batch_norm)
+            return nn.Sequential(OrderedDict(features=features))
+        return torchvision.models.get_model(name, weights=None, **options)
+    except TypeError as error:
+        raise InputError(f"backbone {name}: {error}") from None
+
+
+def find_maps(network: nn.Module, tap: str) -> dict[int, tuple[str, int]]:
+    """Stride -> (name, channels) of the first or last module with it, at most two levels deep."""
+    side = 96
+    maps: dict[int, tuple[str, int]] = {}
+    hooks = []
+
+    def note(name: str):
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4 and side % output.shape[-1] == 0:
+                stride = side // output.shape[-1]
+                if stride in (1, 2, 4, 8, 16, 32) and (tap == "last" or stride not in maps):
+                    maps[stride] = name, output.shape[1]
+
+        return hook
+
+    for name, module in network.named_modules():
+        if name and name.count(".") <= 1:
+            hooks.append(module.register_forward_hook(note(name)))
+    training = network.training
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, side, side))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
+    return maps
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .pth or .safetensors file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each library raises its own kinds
+        raise InputError(f"{path}: not readable as weights ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path}: holds no state dict (names -> tensors)")
+    return state
+
+
+def fetch_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """torchvision's weights by name, from its cache or the network."""
+    try:
+        entry = torchvision.models.get_model_weights(name)[weights]
+    except KeyError:
+        known = [entry.name for entry in torchvision.models.get_model_weights(name)]
+        raise InputError(
+            f"{weights!r} is neither a .pth or .safetensors file nor torchvision weights of "
+            f"{name} ({', '.join(known)})"
+        ) from None
+    try:
+        return dict(entry.get_state_dict(progress=True, check_hash=True))
+    except OSError as error:  # URLError is one
+        raise InputError(
+            f"weights {weights} of {name} could not be downloaded ({error}); pass a .pth or "
+            f".safetensors file with torchvision's key names instead (from {entry.url})"
+        ) from None

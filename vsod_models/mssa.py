@@ -1,0 +1,177 @@
+"""MSSA: video salient object detection with multi-scale self-attention (2023).
+
+    frames -> VGG16, frame by frame -> maps of strides 2, 4, 8, 16
+      the two deepest: 1x1 convolution -> transformer blocks over all tokens of the clip, in which
+        half of the heads see every token (r = 1) and half see tokens reduced by 2 in time, height
+        and width (r = 2), by `vsod_ops.shunted_attention`
+      decoder, deepest first: bilinear upsampling, concatenation with the next finer map (the
+        spatiotemporal one, then the static ones), convolution
+      -> one mask per frame
+
+The baseline of the paper's Table I is the same network with plain transformer blocks: all heads
+r = 1 (``reductions=(1,)``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vsod_ops import ShuntedAttention
+
+from .backbones import Backbone
+from .errors import InputError
+from .pretrained import PretrainedModel
+
+
+class MSSA(PretrainedModel):
+    """The network; every argument is a part of its configuration and is saved with it.
+
+    Args:
+        backbone: a torchvision network, see :class:`vsod_models.backbones.Backbone`.
+        backbone_options: its options, such as ``{"width": 0.25}``.
+        levels: strides of the two (or any number of) deepest maps, which go through the
+            transformer; ascending.  VGG16: 8 and 16 are stage 4 and stage 5 before their pools.
+        skips: strides of the static maps that the decoder takes in after those; ascending.
+        reductions: r of each head group; (1, 2) is MSSA, (1,) the baseline.
+        heads: heads of the transformer of each level.
+        dim: channels of the tokens.
+        depth: transformer blocks of each level.
+        feed_forward: hidden width of their feed-forward part.
+        position: None, or "depthwise": a 3-D depth-wise convolution before each block.
+        decoder_dim: channels of the decoder, a multiple of 8.
+        clip_length: frames of a clip in training, and of a window in prediction.
+        image_size: (height, width) it is trained at; prediction resizes to it by default.
+        backend: of the attention op, see :func:`vsod_ops.shunted_attention`.
+
+    Shape:
+        frames (B, T, 3, H, W) RGB in [0, 1], any T from 1, any H and W -> logits (B, T, 1, H, W).
+    """
+
+    outputs = "all"  # a window gives the mask of each of its frames
+    needs_prior = False
+
+    def __init__(
+        self,
+        backbone: str = "vgg16_bn",
+        backbone_options: Mapping[str, Any] | None = None,
+        levels: Sequence[int] = (8, 16),
+        skips: Sequence[int] = (2, 4),
+        reductions: Sequence[int] = (1, 2),
+        heads: Sequence[int] = (4, 8),
+        dim: int = 256,
+        depth: int = 4,
+        feed_forward: int = 782,
+        position: str | None = None,
+        decoder_dim: int = 128,
+        clip_length: int = 5,
+        image_size: Sequence[int] = (224, 224),
+        backend: str | None = None,
+    ):
+        super().__init__()
+        if len(heads) != len(levels):
+            raise InputError(f"heads {tuple(heads)} must name one number for each level {levels}")
+        strides = [*skips, *levels]
+        if not levels or strides != sorted(set(strides)):
+            raise InputError(f"skips {tuple(skips)} and levels {tuple(levels)} must ascend")
+        self.clip_length, self.image_size = clip_length, tuple(image_size)
+        self.backbone = Backbone(backbone, strides, **(backbone_options or {}))
+        skip_channels = self.backbone.channels[: len(skips)]
+        level_channels = self.backbone.channels[len(skips) :]
+        self.lift = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in level_channels)
+        self.transformers = nn.ModuleList(
+            nn.Sequential(
+                *(Block(dim, h, reductions, feed_forward, position, backend) for _ in range(depth)),
+                nn.LayerNorm(dim),
+            )
+            for h in heads
+        )
+        finer = [dim] * (len(levels) - 1) + skip_channels[::-1]  # what each step takes in
+        coarser = [dim] + [decoder_dim] * (len(finer) - 1)
+        self.decoder = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c + f, decoder_dim, 3, padding=1, bias=False),
+                nn.GroupNorm(
+                    8, decoder_dim
+                ),  # unlike batch norm, the same on any number of devices
+                nn.ReLU(inplace=True),
+            )
+            for c, f in zip(coarser, finer, strict=True)
+        )
+        self.mask = nn.Conv2d(decoder_dim if finer else dim, 1, 1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.decode(self.encode(frames), frames.shape[-2:])
+
+    def encode(self, frames: Tensor) -> list[Tensor]:
+        """Maps of each frame alone: a window over a video can put them together again.
+
+        frames (B, T, 3, H, W) -> one (B, T, C, h, w) for each stride, finest first.
+        """
+        if frames.dim() != 5 or frames.shape[2] != 3:
+            raise ValueError(f"frames must be (B, T, 3, H, W), got shape {tuple(frames.shape)}")
+        maps = self.backbone(rearrange(frames, "b t c h w -> (b t) c h w"))
+        count = len(self.lift)
+        maps[-count:] = [lift(m) for lift, m in zip(self.lift, maps[-count:], strict=True)]
+        return [rearrange(m, "(b t) c h w -> b t c h w", b=frames.shape[0]) for m in maps]
+
+    def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Maps of a clip (from `encode`) -> logits (B, T, 1, H, W), with size = (H, W)."""
+        batch, count = maps[0].shape[0], len(self.lift)
+        finer = [
+            rearrange(
+                transformer(rearrange(m, "b t c h w -> b t h w c")), "b t h w c -> (b t) c h w"
+            )
+            for transformer, m in zip(self.transformers, maps[-count:], strict=True)
+        ]
+        finer = [rearrange(m, "b t c h w -> (b t) c h w") for m in maps[:-count]] + finer
+        x = finer.pop()
+        for convolution in self.decoder:
+            skip = finer.pop()
+            x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = convolution(torch.cat([x, skip], 1))
+        height, width = size
+        least = self.backbone.strides[-1]  # the backbone pads smaller images
+        padded = (max(height, least), max(width, least))
+        x = F.interpolate(self.mask(x), padded, mode="bilinear", align_corners=False)
+        return rearrange(x[..., :height, :width], "(b t) c h w -> b t c h w", b=batch)
+
+    def load_backbone(self, weights: str | Path) -> None:
+        """ImageNet weights: a torchvision name or a file; see `Backbone.load_weights`."""
+        self.backbone.load_weights(weights)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over video tokens (B, T, H, W, C) -> the same shape."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        reductions: Sequence[int],
+        feed_forward: int,
+        position: str | None,
+        backend: str | None,
+    ):
+        super().__init__()
+        if position not in (None, "depthwise"):
+            raise InputError(f'position must be None or "depthwise", got {position!r}')
+        self.position = nn.Conv3d(dim, dim, 3, padding=1, groups=dim) if position else None
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = ShuntedAttention(dim, heads, tuple(reductions), backend=backend)
+        self.norm2 = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.position is not None:
+            x = x + self.position(x.movedim(-1, 1)).movedim(1, -1)
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))

@@ -1,0 +1,140 @@
+"""Models on disk: the shipped ones, folders of `save_pretrained`, checkpoints of a training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+from .errors import InputError
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+class PretrainedModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="vsod-ops",
+    tags=["video-salient-object-detection"],
+):
+    """`save_pretrained(folder)` and `from_pretrained(folder or Hub name)`, in safetensors.
+
+    The class is written into config.json beside its arguments, so that `load_model` finds it.
+    """
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        assert isinstance(self._hub_mixin_config, dict)  # a dataclass only for models that have one
+        config = {"model": type(self).__name__.lower(), **self._hub_mixin_config}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (save_directory / "config.json").write_text(text + "\n")
+
+
+def model_class(name: str) -> type[PretrainedModel]:
+    """The class of "mssa" or "msst"."""
+    if name == "mssa":
+        from .mssa import MSSA
+
+        return MSSA
+    raise InputError(f"model {name!r} is unknown; there is mssa")
+
+
+def load_model(source: str | Path) -> PretrainedModel:
+    """A model in evaluation mode, on the CPU.
+
+    Args:
+        source: the name of a shipped model ("mssa-tiny"), a folder written by `save_pretrained`,
+            or a checkpoint (.ckpt) of `vsod train`.
+
+    Raises:
+        InputError: nothing of these, or a file that is damaged or belongs to another model.
+    """
+    path = Path(source)
+    if not path.exists():
+        shipped = sorted(p.name for p in SHIPPED.glob("*") if p.is_dir())
+        if str(source) not in shipped:
+            raise InputError(
+                f"model {str(source)!r} is neither a folder or checkpoint nor shipped with the "
+                f"package ({', '.join(shipped) or 'none is'})"
+            )
+        path = SHIPPED / str(source)
+    model = _from_folder(path) if path.is_dir() else _from_checkpoint(path)
+    return model.eval()
+
+
+def _from_folder(folder: Path) -> PretrainedModel:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        name = config.pop("model")
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no model here (config.json is missing)") from None
+    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+        raise InputError(f"{file}: not the configuration of a vsod model") from None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = build_model(name, config, str(file))
+    weights = folder / "model.safetensors"
+    try:
+        load_state(model, load_file(weights), str(weights))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{weights}: not readable as weights ({error})") from None
+    return model
+
+
+def _from_checkpoint(file: Path) -> PretrainedModel:
+    config, state = read_checkpoint(file)
+    name = config.pop("name")
+    model = build_model(name, config, str(file))
+    load_state(model, state, str(file))
+    return model
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The model section of the configuration, and the weights, of a checkpoint of a training."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        config = dict(checkpoint["config"]["model"])
+        state = checkpoint["state_dict"]
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such checkpoint") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise InputError(
+            f"{file}: not a checkpoint of `vsod train` ({type(error).__name__})"
+        ) from None
+    return config, {k.removeprefix("model."): v for k, v in state.items()}
+
+
+def build_model(name: str, arguments: dict[str, Any], source: str) -> PretrainedModel:
+    """The model with its arguments; an argument that it does not have is named."""
+    import inspect
+
+    cls = model_class(name)
+    known = inspect.signature(cls.__init__).parameters
+    for key in arguments:
+        if key not in known:
+            raise InputError(
+                f"{source}: model.{key} is not an argument of {cls.__name__} "
+                f"({', '.join(k for k in known if k != 'self')})"
+            )
+    return cls(**arguments)
+
+
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Weights into a model; those of another model are refused in one line."""
+    wanted = model.state_dict()
+    missing = [k for k in wanted if k not in state]
+    unknown = [k for k in state if k not in wanted]
+    unfit = [k for k in wanted if k in state and wanted[k].shape != state[k].shape]
+    if missing or unknown or unfit:
+        raise InputError(
+            f"{source}: weights of another model: {len(missing)} parameters missing, "
+            f"{len(unknown)} unknown, {len(unfit)} of another shape "
+            f"(first: {(missing + unknown + unfit)[0]})"
+        )
+    model.load_state_dict(state)
