@@ -5,12 +5,16 @@ Imports of torch and the like happen inside the commands, so that `vsod --help` 
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
 from .errors import InputError
+from .files import whole_folder
 
 app = typer.Typer(
     name="vsod",
@@ -21,6 +25,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Check datasets and bring them into one layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+prior_app = typer.Typer(help="Motion priors for MSST.", no_args_is_help=True)
+app.add_typer(prior_app, name="prior")
+label_app = typer.Typer(help="Labels where nobody drew any.", no_args_is_help=True)
+app.add_typer(label_app, name="label")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -36,6 +44,79 @@ def main(argv: list[str] | None = None) -> NoReturn:
         print(f"vsod: {describe(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+@prior_app.command("train")
+def prior_train(
+    dataset: Annotated[str, typer.Argument(help="Such as davis16, or synthetic.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the prior.")],
+    root: Annotated[Path | None, typer.Argument(help="Its folder; synthetic has none.")] = None,
+    split: str = "train",
+    backbone: Annotated[str, typer.Option(help="Torchvision network, or none.")] = "vgg16",
+    weights: Annotated[
+        str | None, typer.Option(help="Of the backbone: a name such as DEFAULT, or a file.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="To learn from, spread evenly.")] = 300,
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
+    seed: int = 0,
+) -> None:
+    """Train the region network of the motion prior."""
+    import torch
+
+    from .data import open_dataset
+    from .motion_prior import MotionPrior, train_prior
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder")
+    if backbone != "none" and weights is None:
+        raise InputError(
+            f"--backbone {backbone} needs --weights (DEFAULT, or a file); --backbone none learns "
+            "from the flow alone"
+        )
+    records = open_dataset(dataset, root, split)
+    torch.manual_seed(seed)
+    model = MotionPrior(None if backbone == "none" else backbone).eval()
+    if weights is not None:
+        model.load_backbone(weights)
+    with progress("Training the prior", frames + epochs) as step:
+        report = train_prior(model, records, frames=frames, epochs=epochs, seed=seed, on_step=step)
+    with whole_folder(out) as part:
+        model.save_pretrained(part)
+    print(
+        f"{out}: {report['regions']:.0f} regions of {report['frames']:.0f} frames, loss "
+        f"{report['loss']:.4f} on them ({report['loss of the mean']:.4f} for always the mean)"
+    )
+
+
+@prior_app.command("make")
+def prior_make(
+    dataset: Annotated[str, typer.Argument(help="Such as davis16, or synthetic.")],
+    root: Annotated[Path | None, typer.Argument(help="Its folder; synthetic has none.")] = None,
+    split: str = "train",
+    prior: Annotated[
+        str, typer.Option(help="Folder of `prior train`; or flow-magnitude, a cheap substitute.")
+    ] = "flow-magnitude",
+    cache: Annotated[Path | None, typer.Option(help="Instead of the user's cache folder.")] = None,
+) -> None:
+    """Make the motion priors of a dataset ahead of training; those that are there are kept."""
+    from .data import open_dataset
+    from .motion_prior import default_cache, load_prior, make_priors
+
+    records, source = open_dataset(dataset, root, split), load_prior(prior)
+    with progress("Motion priors", len(records)) as step:
+        make_priors(records, source, cache, on_frame=step)
+    print(f"{len(records)} priors by {prior} in {(cache or default_cache()) / source.key()}")
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; gives a function to call after each of `total` steps."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
 
 
 def describe(error: Exception) -> str:
