@@ -201,6 +201,15 @@ def test_a_picture_of_another_size_in_a_sequence(tmp_path):
         make_priors(records, FlowMagnitude(), tmp_path / "cache")
 
 
+def test_regions_work_on_a_smaller_flow():
+    model = statistics_prior(region_side=50, scales=(100,))
+    flow = np.full((100, 200, 2), (4, 0), np.float32)
+    (labels,), features = model.regions(flow)
+    assert labels.shape == (25, 50) and labels.max() == 0
+    assert features[0, 5] == pytest.approx(np.log1p(1))  # a quarter as long in pixels
+    assert model.from_flow(flow).shape == (25, 50)
+
+
 def test_training_tells_movers_from_the_rest(tmp_path):
     clips = {f"c{i}": clip(4, speed=2 + i % 3, camera=1 - i % 2, seed=10 * i) for i in range(4)}
     records = as_records(tmp_path, clips)

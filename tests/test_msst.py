@@ -1,14 +1,15 @@
 """MSST: shapes, the paper's ablations, windows over carried features, stages, disk."""
 
+import math
+
 import pytest
 import torch
 
 pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
 
-import torch.nn.functional as F
-
 from vsod_models.errors import InputError
+from vsod_models.losses import balanced_bce, msst_loss
 from vsod_models.msst import CONFIGURATIONS, MSST
 
 
@@ -173,10 +174,55 @@ def test_it_learns_a_moving_square():
     losses = []
     for _ in range(15):
         logits, auxiliary = model(frames, prior)
-        loss = F.binary_cross_entropy_with_logits(logits, mask)
-        loss = loss + 0.1 * F.binary_cross_entropy_with_logits(auxiliary, mask)
+        loss = msst_loss(logits, auxiliary, mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+# ---- losses
+
+
+def test_balanced_bce_gives_both_classes_half():
+    """At p = 1/2 everywhere both classes cost the same, whatever their shares."""
+    mask = torch.zeros(2, 1, 10, 10)
+    mask[0, 0, :2] = 1
+    mask[1, 0, :5] = 1
+    loss = balanced_bce(torch.zeros(2, 1, 10, 10), mask)
+    shares = torch.tensor([0.2, 0.5])
+    expected = 2 * shares * (1 - shares) * math.log(2)
+    torch.testing.assert_close(loss[:, 0], expected)
+    wrong = torch.where(mask > 0, -3.0, -30.0)  # only the salient pixels cost anything
+    alpha = 1 - shares
+    torch.testing.assert_close(
+        balanced_bce(wrong, mask)[:, 0], alpha * shares * math.log1p(math.exp(3))
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_balanced_bce_of_a_constant_mask_still_teaches(value):
+    logits = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    balanced_bce(logits, torch.full_like(logits, value)).sum().backward()
+    assert (logits.grad * (0.5 - value) > 0).all() and torch.isfinite(logits.grad).all()
+
+
+def test_msst_loss_adds_a_tenth_of_the_auxiliary_one():
+    logits, auxiliary = torch.randn(2, 3, 1, 5, 6).unbind(0)
+    mask = (torch.rand(3, 1, 5, 6) > 0.7).float()
+    main, side = balanced_bce(logits, mask).mean(), balanced_bce(auxiliary, mask).mean()
+    torch.testing.assert_close(msst_loss(logits, auxiliary, mask), main + 0.1 * side)
+    torch.testing.assert_close(msst_loss(logits, None, mask), main)
+
+
+def test_msst_loss_weighs_labels_even_in_a_batch_of_one():
+    logits, mask = torch.randn(2, 1, 5, 6), (torch.rand(2, 1, 5, 6) > 0.7).float()
+    each = balanced_bce(logits, mask).squeeze(1)
+    loss = msst_loss(logits, None, mask, torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(loss, 0.5 * each[0])
+    loss = msst_loss(logits, None, mask, torch.tensor([0.5, 1.0]))
+    torch.testing.assert_close(loss, (0.5 * each[0] + each[1]) / 2)
+    none = msst_loss(logits.requires_grad_(), None, mask, torch.zeros(2))
+    none.backward()
+    assert none == 0 and (logits.grad == 0).all()

@@ -48,7 +48,7 @@ class PriorSource(Protocol):
         """Changes with all that the map depends on."""
 
     def from_flow(self, flow: np.ndarray) -> np.ndarray:
-        """flow (h, w, 2) float32, pixels a frame -> (h, w) float32 in [0, 1]."""
+        """flow (h, w, 2) float32, pixels a frame -> float32 in [0, 1], that size or smaller."""
 
 
 # ---- flow
@@ -202,7 +202,7 @@ class FlowMagnitude:
     The flow's magnitude less the camera's shift, turn and zoom, over its 99th percentile.
     """
 
-    def __init__(self, side: int = 256):
+    def __init__(self, side: int = 480):
         self.side = side
 
     def key(self) -> str:
@@ -222,7 +222,8 @@ class MotionPrior(PretrainedModel):
         backbone_options: its options, such as ``{"width": 0.25}``.
         scales: of Felzenszwalb's segmentation, one for each level.
         least_pixels: of a region.
-        side: longer side of what it works on; the prior is resized to the frame.
+        side: longer side of the frames for the flow.
+        region_side: longer side that the flow is shrunk to for the regions.
         hidden: neurons of the two hidden layers.
     """
 
@@ -235,14 +236,17 @@ class MotionPrior(PretrainedModel):
         backbone_options: dict | None = None,
         scales: Sequence[float] = (50, 150, 400),
         least_pixels: int = 30,
-        side: int = 256,
+        side: int = 480,
+        region_side: int = 256,
         hidden: int = 300,
     ):
         super().__init__()
-        self.scales, self.least_pixels, self.side = tuple(scales), least_pixels, side
+        self.scales, self.least_pixels = tuple(scales), least_pixels
+        self.side, self.region_side = side, region_side
         self.configuration = {
             "backbone": backbone, "backbone_options": backbone_options, "scales": list(scales),
-            "least_pixels": least_pixels, "side": side, "hidden": hidden,
+            "least_pixels": least_pixels, "side": side, "region_side": region_side,
+            "hidden": hidden,
         }  # fmt: skip
         self.backbone = None
         features = STATISTICS
@@ -287,7 +291,13 @@ class MotionPrior(PretrainedModel):
 
     @torch.inference_mode()
     def regions(self, flow: np.ndarray) -> tuple[list[np.ndarray], Tensor]:
-        """Labels (h, w) of each scale, and the features of all of their regions (R, F)."""
+        """Labels (h, w) of each scale, and the features of all of their regions (R, F).
+
+        h and w are those of `flow`, shrunk to `region_side`.
+        """
+        size = working_size(flow.shape[:2], self.region_side)
+        factor = np.array(size[::-1], np.float32) / flow.shape[1::-1]
+        flow = cv2.resize(flow, size[::-1], interpolation=cv2.INTER_AREA) * factor
         picture = flow_image(flow)
         device = self.feature_mean.device
         maps = None
@@ -490,8 +500,9 @@ def region_samples(
         mask = record.read_mask()
         assert mask is not None
         flow = optical_flow(record.read_image(), following.read_image(), model.side)
-        mask = cv2.resize(mask.astype(np.float32), flow.shape[1::-1], interpolation=cv2.INTER_AREA)
         segmentations, features = model.regions(flow)
+        size = segmentations[0].shape[::-1]
+        mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
         shares = np.concatenate([pooled(labels, mask[None])[:, 0] for labels in segmentations])
         area = np.concatenate(
             [np.bincount(labels.ravel()) / labels.size for labels in segmentations]
