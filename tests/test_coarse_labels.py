@@ -95,7 +95,7 @@ def iou(a, b):
 
 def test_each_built_in_map_finds_the_object():
     frame, following = scene(), scene(t=1)
-    for saliency in (minimum_barrier(frame), flow_contrast(frame, following, False)):
+    for saliency in (minimum_barrier(frame), flow_contrast(frame, following)):
         assert saliency.shape == SIZE and saliency.dtype == np.float32
         assert saliency.min() >= 0 and saliency.max() <= 1
         assert saliency[OBJECT].mean() > 3 * saliency[~OBJECT].mean()
@@ -130,8 +130,7 @@ def test_flat_and_tiny_frames_have_nothing(size):
     frame = np.full((*size, 3), 77, np.uint8)
     for saliency in (minimum_barrier(frame), spectral_residual(frame)):
         assert saliency.shape == size and not saliency.any()
-    assert not flow_contrast(frame, frame, False).any()
-    assert not flow_contrast(frame, None, False).any()
+    assert not flow_contrast(frame, frame).any()
 
 
 def test_built_in_labels_need_nothing(tree):

@@ -19,10 +19,11 @@ from vsod_models.errors import InputError
 from vsod_models.motion_prior import (
     FlowMagnitude,
     MotionPrior,
-    OnlinePrior,
     flow_statistics,
+    frame_prior,
     load_prior,
     make_priors,
+    neighbour,
     neighbours,
     optical_flow,
     pooled,
@@ -118,43 +119,26 @@ def test_statistics_of_a_mover_and_of_one_region():
 
 
 @pytest.mark.parametrize("source", [FlowMagnitude(), statistics_prior()])
-@pytest.mark.parametrize("size", [(5, 9), (16, 300), (72, 96)])
+@pytest.mark.parametrize("size", [(5, 9), (16, 300), (72, 96), (300, 700)])
 def test_identical_frames_and_small_frames(source, size):
     frame = texture(0, *size)
-    online = OnlinePrior(source)
-    assert online.add(frame) is None
-    priors = [online.add(frame), online.finish()]
-    for prior in priors:
-        assert prior.shape == size and prior.dtype == np.uint8
-        assert len(np.unique(prior)) == 1, "one region, one value"
-        assert not isinstance(source, FlowMagnitude) or prior.max() == 0
+    prior = frame_prior(source, frame, frame)
+    assert prior.shape == size and prior.dtype == np.float32
+    assert np.ptp(prior) < 1e-6, "one region, one value"
+    assert not isinstance(source, FlowMagnitude) or prior.max() == 0
 
 
-def test_one_frame_alone_has_no_motion():
-    online = OnlinePrior(FlowMagnitude())
-    online.add(texture(0, 20, 20))
-    assert not online.finish().any()
-    assert online.finish() is None
-
-
-@pytest.mark.parametrize("delay", [0, 1])
-def test_a_stream_finds_the_mover(delay):
+def test_flow_magnitude_finds_the_mover():
     pictures, masks = clip()
-    online = OnlinePrior(FlowMagnitude(), delay=delay)
-    priors = [online.add(picture) for picture in pictures]
-    priors = priors if delay == 0 else [*priors[1:], online.finish()]
-    for t, (prior, mask) in enumerate(zip(priors, masks, strict=True)):
-        if delay == 0 and t == 0:
-            assert not prior.any()
-            continue
-        assert prior[mask > 0].mean() > 180 and prior[mask == 0].mean() < 40
+    for t in range(4):
+        prior = frame_prior(FlowMagnitude(), pictures[t], pictures[neighbour(t, 4)])
+        assert prior[masks[t] > 0].mean() > 0.7 and prior[masks[t] == 0].mean() < 0.15
+    assert [neighbour(t, 3) for t in range(3)] == [1, 2, 1] and neighbour(0, 1) == 0
 
 
 def test_frames_of_two_sizes():
-    online = OnlinePrior(FlowMagnitude())
-    online.add(texture(0, 20, 20))
     with pytest.raises(InputError, match="one size, got 20x20 and 24x20"):
-        online.add(texture(0, 20, 24))
+        frame_prior(FlowMagnitude(), texture(0, 20, 20), texture(0, 20, 24))
 
 
 def test_cache(tmp_path, monkeypatch):
@@ -166,11 +150,11 @@ def test_cache(tmp_path, monkeypatch):
     )
     assert len(seen) == len(records) == 4
     assert sorted((tmp_path / "data").rglob("*")) == before
-    online = OnlinePrior(FlowMagnitude())
     pictures = [r.read_image() for r in records.sequences["a"]]
-    expected = [*(online.add(p) for p in pictures), online.finish()][1:]
-    for record, prior in zip(made.sequences["a"], expected, strict=True):
-        assert np.array_equal(cv2.imread(str(record.prior), cv2.IMREAD_UNCHANGED), prior)
+    for record, (t, other) in zip(made.sequences["a"], ((0, 1), (1, 2), (2, 1)), strict=True):
+        prior = frame_prior(FlowMagnitude(), pictures[t], pictures[other])
+        stored = cv2.imread(str(record.prior), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_allclose(stored / 255, prior, atol=0.51 / 255)
     assert not cv2.imread(str(made.sequences["b"][0].prior)).any()
 
     def fail(*_):
@@ -197,7 +181,7 @@ def test_cache_is_the_users(tmp_path, monkeypatch):
 def test_a_picture_of_another_size_in_a_sequence(tmp_path):
     records = as_records(tmp_path, {"a": clip(3)})
     cv2.imwrite(str(records[1].image), texture(0, 40, 40))
-    with pytest.raises(InputError, match=r"sequence a, frame 00001: .*96x72 and 40x40"):
+    with pytest.raises(InputError, match=r"sequence a, frames 00000 and 00001: .*96x72 and 40x40"):
         make_priors(records, FlowMagnitude(), tmp_path / "cache")
 
 

@@ -23,7 +23,7 @@ from skimage.filters import threshold_otsu
 from .data.records import Record, Records, grey, read_as_stored
 from .errors import InputError
 from .files import whole_folder
-from .motion_prior import FlowMagnitude, optical_flow
+from .motion_prior import FlowMagnitude, frame_prior, neighbour
 
 MANIFEST = "manifest.json"
 
@@ -84,13 +84,9 @@ def to_frame(saliency: np.ndarray, image: np.ndarray) -> np.ndarray:
     return cv2.resize(((saliency - low) * scale).astype(np.float32), size)
 
 
-def flow_contrast(frame: np.ndarray, other: np.ndarray | None, backward: bool) -> np.ndarray:
-    """Speed against the camera's motion; `other` is the next frame, or the one before."""
-    if other is None:
-        return np.zeros(frame.shape[:2], np.float32)
-    source = FlowMagnitude()
-    flow = optical_flow(frame, other, source.side)
-    return cv2.resize(source.from_flow(-flow if backward else flow), frame.shape[1::-1])
+def flow_contrast(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Speed against the camera's motion."""
+    return frame_prior(FlowMagnitude(), frame, other)
 
 
 BUILT_IN = ("spectral-residual", "minimum-barrier", "flow-contrast")
@@ -121,10 +117,8 @@ def maps_of(frames: Sequence[Record], index: int, sources: Sequence[str]) -> np.
         elif source == "minimum-barrier":
             maps.append(minimum_barrier(frame))
         elif source == "flow-contrast":
-            backward = index + 1 == len(frames)
-            neighbour = index - 1 if backward else index + 1
-            other = frames[neighbour].read_image() if neighbour >= 0 else None
-            maps.append(flow_contrast(frame, other, backward))
+            other = frames[neighbour(index, len(frames))]
+            maps.append(flow_contrast(frame, other.read_image()))
         else:
             path = Path(source) / record.sequence / f"{record.name}.png"
             if not path.is_file():

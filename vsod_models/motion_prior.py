@@ -343,58 +343,25 @@ def load_prior(source: str | Path) -> PriorSource:
 # ---- priors of frames
 
 
-def prior_of(source: PriorSource, frame: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 for `frame`, from its flow at working size."""
-    small = source.from_flow(flow)
-    grey = np.rint(255 * small).astype(np.uint8)
-    return cv2.resize(grey, frame.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+def frame_prior(source: PriorSource, frame: np.ndarray, neighbour: np.ndarray) -> np.ndarray:
+    """Prior of a frame, from its flow to the next one; of the last frame, to the one before.
 
-
-class OnlinePrior:
-    """Priors of a stream of frames, each frame given once.
-
-    Forward flow needs the next frame, so that each prior comes one frame late:
-
-        for frame in frames:
-            prior = online.add(frame)  # of the frame before; None for the first
-        prior = online.finish()        # of the last frame
+    A frame that is alone is its own neighbour: nothing moves.  `partial(frame_prior, source)` is
+    what :class:`vsod_models.prediction.VideoPredictor` takes.
 
     Args:
-        source: what makes the priors.
-        delay: 1; or 0 for `add` to give the prior of the frame itself, from the flow back to the
-            frame before.  The first frame, which has none, gets zeros then.
+        frame, neighbour: (H, W, 3) uint8 RGB.
+
+    Returns:
+        (H, W) float32 in [0, 1].
     """
+    small = source.from_flow(optical_flow(frame, neighbour, source.side))
+    return cv2.resize(small, frame.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0, 1)
 
-    def __init__(self, source: PriorSource, *, delay: int = 1):
-        if delay not in (0, 1):
-            raise ValueError(f"delay must be 0 or 1, got {delay!r}")
-        self.source, self.delay = source, delay
-        self._last: np.ndarray | None = None
-        self._before: np.ndarray | None = None
 
-    def add(self, frame: np.ndarray) -> np.ndarray | None:
-        """frame (H, W, 3) uint8 RGB -> prior (H, W) uint8, or None."""
-        self._before, self._last = self._last, frame
-        if self.delay == 0:
-            return self._backward()
-        if self._before is None:
-            return None
-        flow = optical_flow(self._before, frame, self.source.side)
-        return prior_of(self.source, self._before, flow)
-
-    def finish(self) -> np.ndarray | None:
-        """Prior of the last frame (delay 1), from backward flow; the next frame starts anew."""
-        prior = None if self._last is None or self.delay == 0 else self._backward()
-        self._last = self._before = None
-        return prior
-
-    def _backward(self) -> np.ndarray:
-        """Of the last frame: where it came from is, turned around, where it would go on to."""
-        assert self._last is not None
-        if self._before is None:  # a single frame: nothing moves
-            return np.zeros(self._last.shape[:2], np.uint8)
-        flow = -optical_flow(self._last, self._before, self.source.side)
-        return prior_of(self.source, self._last, flow)
+def neighbour(index: int, count: int) -> int:
+    """Of `count` frames, the one that the flow of frame `index` goes to."""
+    return index + 1 if index + 1 < count else max(0, index - 1)
 
 
 # ---- priors of a dataset, on disk
@@ -447,19 +414,20 @@ def make_priors(
 def sequence_priors(
     frames: Sequence[Record], source: PriorSource
 ) -> Iterator[tuple[Record, np.ndarray]]:
-    """Each record of a sequence with its prior (H, W) uint8."""
-    online, before = OnlinePrior(source), None
-    for record in frames:
+    """Each record of a sequence with its prior (H, W) uint8; each picture is read once."""
+    pictures: dict[int, np.ndarray] = {}
+    for i, record in enumerate(frames):
+        other = neighbour(i, len(frames))
+        for t in (i, other):
+            if t not in pictures:
+                pictures[t] = frames[t].read_image()
         try:
-            prior = online.add(record.read_image())
+            prior = frame_prior(source, pictures[i], pictures[other])
         except InputError as error:
-            raise InputError(f"sequence {record.sequence}, frame {record.name}: {error}") from None
-        if before is not None and prior is not None:
-            yield before, prior
-        before = record
-    last = online.finish()
-    if before is not None and last is not None:
-        yield before, last
+            both = f"{record.name} and {frames[other].name}"
+            raise InputError(f"sequence {record.sequence}, frames {both}: {error}") from None
+        yield record, np.rint(255 * prior).astype(np.uint8)
+        pictures.pop(i - 1, None)
 
 
 def stamp(frames: Sequence[Record]) -> str:

@@ -100,7 +100,9 @@ class MSST(PretrainedModel):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         if self.configuration != "full":  # nothing of the earlier frames would be used
             frames, prior = frames[:, -1:], None if prior is None else prior[:, -1:]
-        logits, auxiliary = self._fuse(self.encode(frames, prior), frames.shape[-2:])
+        maps, size = self.encode(frames, prior), frames.shape[-2:]
+        auxiliary = self.recur(maps, size)
+        logits = self.fuse(maps, auxiliary, size)
         return (logits, auxiliary) if self.training else logits
 
     def encode(self, frames: Tensor, prior: Tensor | None = None) -> list[Tensor]:
@@ -127,29 +129,31 @@ class MSST(PretrainedModel):
 
     def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Maps of a window (from `encode`) -> logits of its last frame (B, 1, H, W) at size."""
-        return self._fuse(maps, size)[0]
+        return self.fuse(maps, self.recur(maps, size), size)
 
-    def _fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """(S, O^T) at `size`; O^T is None without a ConvLSTM.
-
-        The 1x1 convolutions and the upsampling, whose weights sum to one, commute: fused at branch
-        resolution and upsampled once, S is the same.
-        """
-        fused = self.weight_s(maps[0][:, -1])
-        if self.configuration == "os":
-            return self.upsample(fused, size), None
-        fused = fused + self.weight_t(maps[1][:, -1])
-        if self.configuration == "st":
-            return self.upsample(fused, size), None
-        x = torch.cat(list(maps), 2)  # X^1 .. X^T
+    def recur(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor | None:
+        """O^T (B, 1, H, W): the ConvLSTM over X^1 .. X^T; None in a model without it."""
+        if self.configuration != "full":
+            return None
+        x = torch.cat(list(maps), 2)
         if self.full_resolution:
             large = self.upsample(rearrange(x, "b t c h w -> (b t) c h w"), size)
             x = rearrange(large, "(b t) c h w -> b t c h w", b=x.shape[0])
         out, _ = self.lstm(x)
-        last = self.read_out(out[:, -1].to(fused.dtype))
-        if not self.full_resolution:
-            last = self.upsample(last, size)
-        return self.upsample(fused, size) + last, last
+        last = self.read_out(out[:, -1].to(self.read_out.weight.dtype))
+        return last if self.full_resolution else self.upsample(last, size)
+
+    def fuse(self, maps: Sequence[Tensor], o_last: Tensor | None, size: Sequence[int]) -> Tensor:
+        """S = W_s * X_s + W_t * X_t + O^T of the last frame, (B, 1, H, W).
+
+        1x1 convolutions and bilinear upsampling, whose weights sum to one, commute: W_s and W_t run
+        at branch resolution and one map is upsampled in place of four.
+        """
+        fused = self.weight_s(maps[0][:, -1])
+        if self.needs_prior:
+            fused = fused + self.weight_t(maps[1][:, -1])
+        fused = self.upsample(fused, size)
+        return fused if o_last is None else fused + o_last
 
     def upsample(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """Bilinear, (N, C, h, w) -> (N, C, H, W), map pixel i to image pixel i * output_stride."""
