@@ -12,6 +12,7 @@ COMMANDS = {
     "attention": "speed and peak memory of shunted_attention against every alternative",
     "dense_crf": "speed and peak memory of dense_crf against pydensecrf",
     "conv_lstm": "speed and peak memory of conv_lstm against every way to write it in torch",
+    "msst": "MSST-ConvLSTM from frames to refined masks: time by stage, and of streaming",
     "report": "rewrite the result tables of README.md from benchmarks/results/",
 }
 EXTRA_PACKAGES = ("av", "matplotlib", "rich", "torchvision")  # of the extra `bench`

@@ -58,3 +58,52 @@ def mssa_loss(
     """
     loss = (weighted_bce(logits, mask, positive_weight) + soft_iou(logits, mask)).squeeze(-1)
     return loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1e-6)
+
+
+# ---- MSST-ConvLSTM
+
+
+def balanced_bce(logits: Tensor, mask: Tensor, least: float = 0.02) -> Tensor:
+    """Balanced sigmoid cross-entropy of MSST-ConvLSTM (2018).
+
+        -mean( alpha * mask * log(p) + (1 - alpha) * (1 - mask) * log(1 - p) )
+
+    alpha is the share of the image that is not salient, kept within [least, 1 - least], so that an
+    empty mask still says something.
+
+    Args:
+        logits: (..., H, W).
+        mask: the same shape, 0 or 1.
+
+    Returns:
+        (...), one value for each image.
+    """
+    mask = mask.float()
+    alpha = (1 - mask.mean(dim=(-2, -1), keepdim=True)).clamp(least, 1 - least)
+    weight = alpha * mask + (1 - alpha) * (1 - mask)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), mask, reduction="none")
+    return (weight * loss).mean(dim=(-2, -1))
+
+
+def msst_loss(
+    logits: Tensor,
+    auxiliary: Tensor | None,
+    mask: Tensor,
+    weight: Tensor | None = None,
+    beta: float = 0.1,
+) -> Tensor:
+    """Balanced cross-entropy of S, and `beta` times that of O^T, the ConvLSTM's map.
+
+    Args:
+        logits: (B, 1, H, W) of S, the mask of a clip's last frame.
+        auxiliary: (B, 1, H, W) of O^T; None for a model without a ConvLSTM.
+        mask: (B, 1, H, W) of the last frame, 0 or 1.
+        weight: (B,), of fine or coarse labels, 0 without ground truth; None: all 1.  It scales the
+            loss of its sample: the mean is over all samples whose weight is not 0.
+    """
+    loss = balanced_bce(logits, mask).squeeze(1)
+    if auxiliary is not None:
+        loss = loss + beta * balanced_bce(auxiliary, mask).squeeze(1)
+    return (
+        loss.mean() if weight is None else (loss * weight).sum() / (weight != 0).sum().clamp(min=1)
+    )

@@ -48,12 +48,20 @@ class PretrainedModel(
 
 
 def model_class(name: str) -> type[PretrainedModel]:
-    """The class of "mssa" or "msst"."""
+    """The class of "mssa", "msst" or "motionprior"."""
     if name == "mssa":
         from .mssa import MSSA
 
         return MSSA
-    raise InputError(f"model {name!r} is unknown; there is mssa")
+    if name == "msst":
+        from .msst import MSST
+
+        return MSST
+    if name == "motionprior":
+        from .motion_prior import MotionPrior
+
+        return MotionPrior
+    raise InputError(f"model {name!r} is unknown; there are mssa, msst and motionprior")
 
 
 def load_model(source: str | Path) -> PretrainedModel:

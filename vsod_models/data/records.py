@@ -58,6 +58,14 @@ class Records(Sequence[Record]):
         for record in self._records:
             self.sequences.setdefault(record.sequence, []).append(record)
 
+    def of_sequences(self, names: Sequence[str]) -> Records:
+        """Only these sequences."""
+        for name in names:
+            if name not in self.sequences:
+                raise InputError(f"{self.dataset} {self.split} has no sequence {name!r}")
+        kept = [record for record in self._records if record.sequence in names]
+        return Records(self.dataset, self.split, kept)
+
     def __len__(self) -> int:
         return len(self._records)
 

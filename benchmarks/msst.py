@@ -1,0 +1,279 @@
+"""`python -m benchmarks msst`: MSST-ConvLSTM from decoded frames to a refined mask, by stage.
+
+One window is T = 4 frames and gives the mask of the last.  Stages run one after another on the
+results of those before them; `window` runs all of them.  A video is measured per frame in two
+ways: each window anew, and streaming, which carries the branch maps of the frames before.
+Weights are random: times do not depend on them.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsod_ops import backends, dense_crf
+from vsod_ops.conv_lstm import op as conv_lstm_op
+
+from . import BadInput, measure
+from .dense_crf import _size
+
+STAGES = ("flow", "prior", "spatial", "temporal", "ConvLSTM", "fusion", "CRF")
+WAYS = ("window by window", "streaming")
+PAPER = {"machine": "TITAN X, 2018", "network_s": 2.1, "crf_s": 0.8, "window_s": 2.9}
+
+
+# ---- what is measured
+
+
+class Pipeline:
+    """MSST with its motion prior and the CRF, in the stages of the paper.
+
+    Args:
+        frames: (T + 1, H, W, 3) uint8: a window, and the frame after it, for its last flow.
+    """
+
+    def __init__(self, args: argparse.Namespace, frames: Any, device: torch.device):
+        from vsod_models.motion_prior import FlowMagnitude, MotionPrior
+        from vsod_models.msst import MSST
+
+        torch.manual_seed(args.seed)
+        self.model = MSST(
+            backbone=args.backbone,
+            width=args.width,
+            full_resolution=args.full_resolution,
+            backend=args.backend,
+        )
+        self.model.to(device).eval()
+        self.source: Any = FlowMagnitude()
+        if args.prior == "regions":
+            options = {"width": args.width} if args.backbone.startswith("vgg") else None
+            self.source = MotionPrior(args.backbone, options).to(device).eval()
+        self.device, self.pictures = device, frames
+        self.frames = torch.from_numpy(frames[:-1]).movedim(-1, 1)  # (T, 3, H, W) uint8
+        self.size = tuple(self.frames.shape[-2:])
+
+    def flow(self, count: int | None = None) -> list[Any]:
+        """Of the last `count` frames of the window, to their next ones."""
+        from vsod_models.motion_prior import optical_flow
+
+        pairs = list(zip(self.pictures, self.pictures[1:], strict=False))
+        return [optical_flow(a, b, self.source.side) for a, b in pairs[-(count or len(pairs)) :]]
+
+    def prior(self, flows: list[Any]) -> Tensor:
+        """(1, T, 1, H, W) in [0, 1]."""
+        small = torch.stack([torch.from_numpy(self.source.from_flow(flow)) for flow in flows])
+        prior = torch.nn.functional.interpolate(small[:, None], self.size, mode="bilinear")
+        return prior.clamp(0, 1)[None].to(self.device)
+
+    def images(self, count: int) -> Tensor:
+        """The last `count` frames as the model takes them, (1, count, 3, H, W)."""
+        return self.frames[-count:].to(self.device)[None].float() / 255
+
+    def spatial(self, images: Tensor) -> Tensor:
+        x = (images[0] - self.model.mean) / self.model.std
+        return self.model.spatial(x)[None]
+
+    def temporal(self, images: Tensor, prior: Tensor) -> Tensor:
+        x = (images[0] - self.model.mean) / self.model.std
+        return self.model.temporal(torch.cat([x, 4 * prior[0] - 2], 1))[None]
+
+    def refined(self, logits: Tensor) -> Tensor:
+        image = self.frames[-1:].to(self.device)
+        return dense_crf(logits.float().sigmoid()[:, 0], image)
+
+    @torch.inference_mode()  # its memory is measured in a thread of its own
+    def window(self, flows: int | None = None, prior: Tensor | None = None) -> Tensor:
+        """From decoded frames to a refined mask.
+
+        A video by windows makes the prior of its new frame alone (`flows` = 1): those of the
+        others, `prior`, are kept.
+        """
+        new = self.prior(self.flow(flows))
+        prior = new if prior is None else torch.cat([prior[:, flows:], new], 1)
+        logits = self.model(self.images(len(self.frames)), prior)
+        return self.refined(logits)
+
+    def streamed(self, carried: list[Tensor]) -> Tensor:
+        """The same mask from the maps of the frames before and the one new frame."""
+        return self.refined(self.network_streamed(self.prior(self.flow(1)), carried))
+
+    def network_streamed(self, prior: Tensor, carried: list[Tensor]) -> Tensor:
+        maps = self.model.encode(self.images(1), prior)
+        maps = [torch.cat([c[:, 1:], m], 1) for c, m in zip(carried, maps, strict=True)]
+        return self.model.decode(maps, self.size)
+
+
+def calls(pipeline: Pipeline) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; raises AssertionError where two ways give two masks."""
+    model, count = pipeline.model, len(pipeline.frames)
+    flows = pipeline.flow()
+    images, prior = pipeline.images(count), pipeline.prior(flows)
+    maps = [pipeline.spatial(images), pipeline.temporal(images, prior)]
+    o_last = model.recur(maps, pipeline.size)
+    logits = model.fuse(maps, o_last, pipeline.size)
+    mask = pipeline.refined(logits)
+    carried = [torch.cat([m[:, :1], m[:, :-1]], 1) for m in maps]  # as after the frame before
+    torch.testing.assert_close(pipeline.window(), mask, atol=1e-3, rtol=0)
+    torch.testing.assert_close(pipeline.streamed(carried), mask, atol=1e-3, rtol=0)
+    return {
+        "flow": pipeline.flow,
+        "prior": partial(pipeline.prior, flows),
+        "spatial": lambda: pipeline.spatial(pipeline.images(count)),
+        "temporal": lambda: pipeline.temporal(images, prior),
+        "ConvLSTM": lambda: model.recur(maps, pipeline.size),
+        "fusion": lambda: model.fuse(maps, o_last, pipeline.size),
+        "CRF": lambda: pipeline.refined(logits),
+        "window": pipeline.window,
+        WAYS[0]: partial(pipeline.window, 1, prior),
+        WAYS[1]: partial(pipeline.streamed, carried),
+        f"network, {WAYS[0]}": lambda: model(images, prior),
+        f"network, {WAYS[1]}": lambda: pipeline.network_streamed(prior[:, -1:], carried),
+    }
+
+
+# ---- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--size", type=_size, default=(512, 512), metavar="WxH", help="default: 512x512")
+    add("--frames", type=int, default=4, help="T, frames of a window (default: 4, as the paper)")
+    add("--backbone", choices=("vgg16", "vgg16_bn", "mobilenet_v2"), default="vgg16")
+    add("--width", type=float, default=1.0, help="factor on VGG's channels (default: 1)")
+    add("--prior", choices=("regions", "flow-magnitude"), default="regions",
+        help="regions: the paper's; flow-magnitude: the cheap substitute")  # fmt: skip
+    add("--full-resolution", action="store_true", help="ConvLSTM at the size of the frames")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, help="CPU threads (default: those of torch)")
+    add("--backend", choices=backends.BACKENDS, help="backend of conv_lstm")
+    add("--seconds", type=float, default=60.0, help="time for all (default: 60)")
+    add("--seed", type=int, default=0)
+    add(
+        "--out",
+        type=Path,
+        default=measure.ROOT / "benchmarks" / "out",
+        help="folder for JSON and CSV (default: benchmarks/out)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import cv2
+
+        from vsod_models.data.synthetic import synthetic_clip
+        from vsod_models.errors import InputError
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{error.name} is missing: pip install -e '.[models]'") from None
+    if args.threads is not None and args.threads < 1:
+        raise BadInput(f"--threads must be at least 1, got {args.threads}")
+    if args.frames < 2:
+        raise BadInput(f"--frames must be at least 2, got {args.frames}")
+    if not 0 < args.seconds < math.inf:
+        raise BadInput(f"--seconds must be a positive number, got {args.seconds}")
+    if not 0 < args.width <= 1 or (args.width != 1 and not args.backbone.startswith("vgg")):
+        raise BadInput(f"--width must be in (0, 1], and is for VGG; got {args.width}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("torch finds no GPU")
+    measure.one_heap()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cv2.setNumThreads(torch.get_num_threads())
+    device, (width, height) = torch.device(args.device), args.size
+    try:
+        chosen = backends.choose(
+            "conv_lstm", conv_lstm_op.SUPPORT, args.backend, device.type, torch.float32
+        )
+        frames, _ = synthetic_clip(
+            args.seed, 0, args.frames + 1, (height, width), split="val", photos=False
+        )
+    except (ValueError, InputError) as error:
+        raise BadInput(str(error)) from None
+
+    document = measure.record("msst", device, vars(args))
+    document |= {"backend": chosen, "paper": PAPER, "load_before": measure.load_average()}
+    print(f"{document['machine']['line']}; conv_lstm runs on {chosen}")
+    with torch.inference_mode():
+        pipeline = Pipeline(args, frames, device)
+        try:
+            works = {name: measure.Work(call) for name, call in calls(pipeline).items()}
+        except AssertionError as error:
+            print(f"WRONG, not timed: {measure.reason(error)}")
+            return 1
+        timings = measure.interleave(works, args.seconds, device)
+        _, _, peak = measure.call_and_peak(pipeline.window, device)
+    rows = [
+        {"what": name, "median_s": t.median, "p20_s": t.p20, "p80_s": t.p80, "repeats": t.repeats}
+        for name, t in timings.items()
+    ]
+    document["cases"] = [
+        {
+            "frames": args.frames,
+            "width": width,
+            "height": height,
+            "rows": rows,
+            "peak_extra_bytes": peak,
+            **summary({name: t.median for name, t in timings.items()}),
+        }
+    ]
+    document["load_after"] = measure.load_average()
+    print(markdown(document))
+    paths = measure.write_results(document, rows, args.out, f"msst-{device.type}")
+    print("wrote " + ", ".join(path.name for path in paths))
+    return 0
+
+
+def summary(seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The two numbers that are promised, from median seconds."""
+    total = sum(seconds[name] for name in STAGES)
+    return {
+        "conv_lstm_and_crf_share": (seconds["ConvLSTM"] + seconds["CRF"]) / total,
+        "streaming_speedup": seconds[WAYS[0]] / seconds[WAYS[1]],
+        "network_streaming_speedup": seconds[f"network, {WAYS[0]}"]
+        / seconds[f"network, {WAYS[1]}"],
+    }
+
+
+# ---- tables
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The summary of one results document, as Markdown tables."""
+    text, options = measure.seconds_text, document["options"]
+    (case,) = document["cases"]
+    seconds = {row["what"]: row["median_s"] for row in case["rows"]}
+    total = sum(seconds[name] for name in STAGES)
+    network = sum(seconds[name] for name in STAGES[2:6])
+    paper = document["paper"]
+    lines = [
+        f"| stage, {case['frames']} frames of {case['width']}x{case['height']} | time | share |",
+        "| --- | ---: | ---: |",
+    ]
+    lines += [f"| {s} | {text(seconds[s])} | {seconds[s] / total:.1%} |" for s in STAGES]
+    lines += [
+        f"| all, in one run | {text(seconds['window'])} | |",
+        f"| networks, ConvLSTM and fusion | {text(network)} | |",
+        f"| the paper: networks | {text(paper['network_s'])} ({paper['machine']}) | |",
+        f"| the paper: CRF | {text(paper['crf_s'])} | |",
+        f"| the paper: all | {text(paper['window_s'])} | |",
+        "",
+        "| a frame of a video | window by window | streaming | speed-up |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, prefix, key in (
+        ("all", "", "streaming_speedup"),
+        ("network alone", "network, ", "network_streaming_speedup"),
+    ):
+        times = " | ".join(text(seconds[prefix + way]) for way in WAYS)
+        lines.append(f"| {name} | {times} | {case[key]:.1f}x |")
+    resolution = "the frames'" if options["full_resolution"] else "branch"
+    note = (
+        f"Backbone {options['backbone']}, prior {options['prior']}, ConvLSTM at {resolution} "
+        f"resolution; ConvLSTM and CRF together {case['conv_lstm_and_crf_share']:.1%}. Window by "
+        "window makes the flow and prior of its new frame alone, as streaming does."
+    )
+    return "\n".join([*lines, "", note])

@@ -1,0 +1,338 @@
+"""Coarse labels: the built-in maps find objects, the sum and its threshold, erasing, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cv2", reason="the extra `models` is not installed")
+pytest.importorskip("skimage", reason="the extra `models` is not installed")
+pytest.importorskip("torchvision", reason="the extra `models` is not installed")
+pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
+
+import cv2
+
+from vsod_models.coarse_labels import (
+    BUILT_IN,
+    binary_label,
+    fit_weights,
+    flow_contrast,
+    make_labels,
+    maps_of,
+    minimum_barrier,
+    spectral_residual,
+    with_coarse_labels,
+)
+from vsod_models.data.records import Record, Records
+from vsod_models.errors import InputError
+
+SIZE = (60, 80)
+OBJECT = np.zeros(SIZE, bool)
+OBJECT[20:44, 30:60] = True
+SPECK = np.zeros(SIZE, bool)
+SPECK[4:10, 5:11] = True
+
+
+def scene(seed=0, t=0):
+    """A red grainy block on green grainy ground; the block moves right by 3 t."""
+    rng = np.random.default_rng(seed)
+    ground, block = cv2.GaussianBlur(rng.normal(0, 60, (*SIZE, 6)), (0, 0), 1.5).reshape(
+        *SIZE, 2, 3
+    ).transpose(2, 0, 1, 3)  # fmt: skip
+    picture = ground + np.array((60, 140, 70))
+    place = np.roll(OBJECT, 3 * t, 1)
+    picture[place] = block[OBJECT] + np.array((200, 60, 50))
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def save(path, picture):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), picture[..., ::-1] if picture.ndim == 3 else picture)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two sequences of two frames and three folders of maps.
+
+    "good" is the object, soft; "speck" has the object and, brighter, a speck elsewhere; "noise"
+    knows nothing.
+    """
+    rng = np.random.default_rng(0)
+    records = []
+    for sequence in ("a", "b"):
+        for t in range(2):
+            name = f"{t:05d}"
+            image, mask = (
+                tmp_path / sequence / f"{name}.png",
+                tmp_path / "gt" / f"{sequence}{name}.png",
+            )
+            save(image, scene())
+            save(mask, 255 * OBJECT.astype(np.uint8))
+            maps = {
+                "good": cv2.GaussianBlur(220.0 * OBJECT, (0, 0), 1),
+                "speck": 180 * OBJECT + 250.0 * SPECK,
+                "noise": rng.uniform(0, 255, SIZE),
+            }
+            for kind, values in maps.items():
+                save(tmp_path / kind / sequence / f"{name}.png", values.astype(np.uint8))
+            records.append(Record(sequence, t, name, image, mask, "train"))
+    return tmp_path, Records("set", "train", records)
+
+
+def folders(tmp_path, *kinds):
+    return [str(tmp_path / kind) for kind in kinds]
+
+
+def label_of(out, name):
+    picture = cv2.imread(str(out / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+    assert picture.dtype == np.uint8 and set(np.unique(picture)) <= {0, 255}
+    return picture > 0
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_each_built_in_map_finds_the_object():
+    frame, following = scene(), scene(t=1)
+    for saliency in (minimum_barrier(frame), flow_contrast(frame, following)):
+        assert saliency.shape == SIZE and saliency.dtype == np.float32
+        assert saliency.min() >= 0 and saliency.max() <= 1
+        assert saliency[OBJECT].mean() > 3 * saliency[~OBJECT].mean()
+    noise = np.random.default_rng(0).normal(0, 300, (*SIZE, 3))
+    texture = np.clip(110 + cv2.GaussianBlur(noise, (0, 0), 4), 0, 255).astype(np.uint8)
+    texture[28:36, 38:46] = 200  # sharp edges where all is soft
+    saliency = spectral_residual(texture)
+    assert saliency.shape == SIZE and saliency.min() >= 0 and saliency.max() <= 1
+    assert saliency[24:40, 34:50].mean() > 3 * saliency.mean()
+
+
+def test_minimum_barrier_is_the_least_barrier(monkeypatch):
+    """A walled court: its barrier is the lowest place in the wall, not the wall."""
+    values = np.full((9, 9), 10, np.uint8)
+    values[2:7, 2:7] = 90  # a wall
+    values[3:6, 3:6] = 40  # a court inside
+    values[4, 6] = 50  # a lower place in the wall
+    values[4, 4] = 200  # a tower in the court
+    image = np.repeat(values[..., None], 3, 2)
+    monkeypatch.setattr(cv2, "GaussianBlur", lambda picture, *_: picture)
+    saliency = minimum_barrier(image)
+    lightness = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[..., 0].astype(float)
+    expected = {(0, 0): 10, (4, 6): 50, (3, 3): 50, (2, 2): 90, (4, 4): 200}
+    ground, top = lightness[0, 0], lightness[4, 4]
+    for place, barrier in expected.items():
+        level = lightness[values == barrier][0]
+        assert saliency[place] == pytest.approx((level - ground) / (top - ground), abs=0.02), place
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 90), (300, 7)])
+def test_flat_and_tiny_frames_have_nothing(size):
+    frame = np.full((*size, 3), 77, np.uint8)
+    for saliency in (minimum_barrier(frame), spectral_residual(frame)):
+        assert saliency.shape == size and not saliency.any()
+    assert not flow_contrast(frame, frame).any()
+
+
+def test_built_in_labels_need_nothing(tree):
+    tmp_path, records = tree
+    manifest = make_labels(records, tmp_path / "out")
+    assert manifest["sources"] == list(BUILT_IN) and len(manifest["frames"]) == 4
+    assert iou(label_of(tmp_path / "out", "a/00000"), OBJECT) > 0.6
+
+
+def test_sum_threshold_and_manifest(tree):
+    tmp_path, records = tree
+    out = tmp_path / "out"
+    manifest = make_labels(records, out, folders(tmp_path, "good", "speck"), [3, 1])
+    assert manifest["weights"] == [0.75, 0.25]
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    label = label_of(out, "b/00001")
+    assert iou(label, OBJECT) > 0.9
+    assert manifest["frames"]["b/00001"]["salient"] == pytest.approx(label.mean(), abs=1e-3)
+    speck_only = make_labels(
+        records, tmp_path / "other", folders(tmp_path, "good", "speck"), [0, 1]
+    )
+    assert label_of(tmp_path / "other", "a/00000")[SPECK].all()
+    assert speck_only["skipped"] == {}
+
+
+def test_otsu_splits_two_levels():
+    combined = np.where(OBJECT, 0.7, 0.2)
+    label, threshold = binary_label(combined)
+    assert np.array_equal(label, OBJECT) and 0.19 < threshold < 0.7
+    assert binary_label(np.full(SIZE, 0.4)) is None
+
+
+def test_fitted_weights_prefer_the_map_that_knows(tree):
+    tmp_path, records = tree
+    seen = []
+    sources = folders(tmp_path, "noise", "good", "speck")
+    weights = fit_weights(records, sources, on_frame=lambda: seen.append(1))
+    assert len(seen) == 4 and sum(weights) == pytest.approx(1) and min(weights) >= 0
+    assert weights[1] > 0.7 and weights[0] < 0.05  # the speck's map has the object too
+    with pytest.raises(InputError, match="no ground truth to fit"):
+        fit_weights(Records("set", "train", []), sources)
+    empty = tmp_path / "empty"
+    for record in records:
+        save(empty / record.sequence / f"{record.name}.png", np.zeros(SIZE, np.uint8))
+    with pytest.raises(InputError, match="none of the maps"):
+        fit_weights(records, [str(empty)])
+
+
+def test_a_person_erases(tree):
+    tmp_path, records = tree
+    entries = [
+        {"frame": "a/00000", "point": [7, 6]},
+        {"frame": "a/00001", "box": [0, 0, 40, 15]},
+        {"frame": "b/00000", "point": [7, 6]},
+        {"frame": "b/00000", "point": [40, 30]},
+    ]
+    (tmp_path / "erase.json").write_text(json.dumps(entries))
+    sources = folders(tmp_path, "speck")
+    manifest = make_labels(records, tmp_path / "out", sources, erase_list=tmp_path / "erase.json")
+    for name in ("a/00000", "a/00001"):
+        assert np.array_equal(label_of(tmp_path / "out", name), OBJECT)
+        (erased,) = manifest["frames"][name]["erased"]
+        assert erased["by"] == "person" and erased["pixels"] == 36
+    assert label_of(tmp_path / "out", "b/00001")[SPECK].all()
+    assert manifest["skipped"] == {"b/00000": "all of it was erased"}
+    assert not (tmp_path / "out" / "b" / "00000.png").exists()
+
+
+def test_disputed_regions_are_erased_and_marked(tree):
+    tmp_path, records = tree
+    sources = folders(tmp_path, "good", "speck", "good")
+    plain = make_labels(records, tmp_path / "plain", sources, [1, 8, 1])
+    assert label_of(tmp_path / "plain", "a/00000")[SPECK].all() and plain["auto_erase"] is None
+    manifest = make_labels(records, tmp_path / "out", sources, [1, 8, 1], auto_erase=True)
+    assert np.array_equal(label_of(tmp_path / "out", "a/00000"), OBJECT)
+    assert manifest["auto_erase"] == 2
+    (erased,) = manifest["frames"]["a/00000"]["erased"]
+    assert erased == {"by": "automatic", "box": [5, 4, 11, 10], "maps": 1, "pixels": 36}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('[{"frame": "c/00000", "point": [1, 1]}]', "no frame c/00000 here"),
+        ('[{"frame": "a/00000", "point": [70, 50]}]', r"no region to erase at point \[70, 50\]"),
+        ('[{"frame": "a/00000", "point": [80, 50]}]', "is outside 80x60"),
+        ('[{"frame": "a/00000", "box": [60, 50, 70, 55]}]', "no region to erase at box"),
+        ('[{"frame": "a/00000"}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "point": [1.5, 2]}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "point": [1, 2], "box": [0, 0, 1, 1]}]', "entry 0 has to be"),
+        ("[3]", "entry 0 has to be"),
+        ("{not json", "not JSON"),
+        (None, "no such erase list"),
+    ],
+)
+def test_bad_erase_lists(tree, content, message):
+    tmp_path, records = tree
+    file = tmp_path / "erase.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        make_labels(records, tmp_path / "out", folders(tmp_path, "good"), erase_list=file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_maps(tree):
+    tmp_path, records = tree
+    sources = folders(tmp_path, "good", "speck")
+    (tmp_path / "speck" / "b" / "00001.png").unlink()
+    with pytest.raises(InputError, match=r"speck/b/00001.png: no saliency map.*--allow-missing"):
+        make_labels(records, tmp_path / "out", sources)
+    assert not (tmp_path / "out").exists()
+    manifest = make_labels(records, tmp_path / "out", sources, allow_missing=True)
+    assert len(manifest["frames"]) == 3 and "map missing" in manifest["skipped"]["b/00001"]
+
+
+def test_empty_maps(tree):
+    tmp_path, records = tree
+    empty = np.zeros(SIZE, np.uint8)
+    save(tmp_path / "good" / "a" / "00000.png", empty)
+    manifest = make_labels(records, tmp_path / "out", folders(tmp_path, "good"))
+    assert manifest["skipped"] == {"a/00000": "the maps are the same everywhere"}
+    for record in records:
+        save(tmp_path / "good" / record.sequence / f"{record.name}.png", empty)
+    with pytest.raises(InputError, match="no frame gets a label"):
+        make_labels(records, tmp_path / "other", folders(tmp_path, "good"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_other_bad_input(tree):
+    tmp_path, records = tree
+    good = folders(tmp_path, "good")
+    for options, message in (
+        (dict(sources=["nothing"]), "neither a folder nor one of spectral-residual"),
+        (dict(sources=good, weights=[1, 2]), "1 numbers"),
+        (dict(sources=good, weights=[-1]), "none negative"),
+        (dict(sources=good, weights=[0]), "not all zero"),
+        (dict(sources=good, agree=2), "agree is 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_labels(records, tmp_path / "out", **options)
+    (tmp_path / "good" / "a" / "00000.png").write_text("no picture")
+    with pytest.raises(InputError, match="not a readable picture"):
+        make_labels(records, tmp_path / "out", good)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match="not an empty folder"):
+        make_labels(records, tmp_path / "full", good)
+
+
+def test_maps_of_another_size_are_resized(tree):
+    tmp_path, records = tree
+    save(tmp_path / "good" / "a" / "00000.png", np.full((30, 40), 9, np.uint8))
+    maps = maps_of(records.sequences["a"], 0, folders(tmp_path, "good", "speck"))
+    assert maps.shape == (2, *SIZE) and maps[0] == pytest.approx(9 / 255)
+
+
+def test_records_with_coarse_labels(tree):
+    tmp_path, records = tree
+    only_a = Records("set", "train", records.sequences["a"])
+    save(tmp_path / "good" / "a" / "00001.png", np.zeros(SIZE, np.uint8))
+    make_labels(only_a, tmp_path / "out", folders(tmp_path, "good"))
+    mixed = with_coarse_labels(records, tmp_path / "out")
+    assert [r.label for r in mixed] == ["coarse", "coarse", "fine", "fine"]
+    assert iou(mixed[0].read_mask().astype(bool), OBJECT) > 0.9
+    assert mixed[1].mask is None and mixed[2].mask == records[2].mask
+    with pytest.raises(InputError, match="no manifest"):
+        with_coarse_labels(records, tmp_path / "good")
+    other = Records("set", "val", records.sequences["b"])
+    with pytest.raises(InputError, match="no label for any frame of set val"):
+        with_coarse_labels(other, tmp_path / "out")
+
+
+def vsod(*arguments):
+    """Exit code of the command."""
+    from vsod_models.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    return exit.value.code
+
+
+def test_command(tree, monkeypatch, capsys):
+    pytest.importorskip("typer", reason="the extra `models` is not installed")
+    from vsod_models import data
+
+    tmp_path, records = tree
+    monkeypatch.setattr(data, "open_dataset", lambda name, root, split: records)
+    command = ["label", "coarse", "set", tmp_path]
+    for folder in folders(tmp_path, "good", "noise"):
+        command += ["--maps", folder]
+    # the ground truth of the labelled sequence is as good as not there
+    (tmp_path / "gt" / "b00000.png").write_text("no picture")
+    assert vsod(*command, "-o", tmp_path / "out", "--fit", "--sequences", "b") == 0
+    assert "2 labels (1.00" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b", "manifest.json"]
+    for extra, message in (
+        (["--sequences", "c"], "has no sequence 'c'"),
+        (["--weights", "1;2"], "is not numbers"),
+        (["--weights", "1,2", "--fit"], "exclude one another"),
+        (["--maps", "nowhere"], "neither a folder nor one of"),
+    ):
+        assert vsod(*command, "-o", tmp_path / "other", *extra) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()

@@ -1,0 +1,272 @@
+"""Motion prior: flow, regions, the cache, the stream, and that training tells movers apart."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cv2", reason="the extra `models` is not installed")
+pytest.importorskip("skimage", reason="the extra `models` is not installed")
+pytest.importorskip("torchvision", reason="the extra `models` is not installed")
+pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
+
+import cv2
+
+from vsod_models import motion_prior
+from vsod_models.data.records import Record, Records
+from vsod_models.errors import InputError
+from vsod_models.motion_prior import (
+    FlowMagnitude,
+    MotionPrior,
+    flow_statistics,
+    frame_prior,
+    load_prior,
+    make_priors,
+    neighbour,
+    neighbours,
+    optical_flow,
+    pooled,
+    train_prior,
+    without_camera,
+)
+
+
+def texture(seed, height, width):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return cv2.GaussianBlur(noise, (0, 0), 2.0)
+
+
+def clip(frames=4, size=(72, 96), speed=3, camera=1, seed=0):
+    """A textured square that moves right over a background that moves down; and its masks."""
+    height, width = size
+    back, front = texture(seed, height + 60, width), texture(seed + 1, 30, 30)
+    pictures, masks = [], []
+    for t in range(frames):
+        picture = back[60 - camera * t : 60 - camera * t + height].copy()
+        mask = np.zeros(size, np.uint8)
+        place = slice(20, 50), slice(15 + speed * t, 45 + speed * t)
+        picture[place], mask[place] = front, 255
+        pictures.append(picture)
+        masks.append(mask)
+    return pictures, masks
+
+
+def as_records(folder, clips, dataset="set"):
+    records = []
+    for name, (pictures, masks) in clips.items():
+        (folder / name).mkdir(parents=True)
+        for t, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+            image, label = folder / name / f"{t:05d}.png", folder / name / f"{t:05d}-mask.png"
+            cv2.imwrite(str(image), picture[:, :, ::-1])
+            cv2.imwrite(str(label), mask)
+            records.append(Record(name, t, image.stem, image, label, "train"))
+    return Records(dataset, "train", records)
+
+
+def statistics_prior(**options):
+    torch.manual_seed(3)
+    return MotionPrior(None, **{"scales": (50, 200), "hidden": 16} | options).eval()
+
+
+def test_flow_and_the_camera_in_it():
+    pictures, masks = clip()
+    flow = optical_flow(pictures[0], pictures[1], 256)
+    outside, inside = masks[0] == 0, np.zeros((72, 96), bool)
+    inside[28:42, 23:37] = True  # away from the edge, where flow is blurred
+    assert np.abs(np.median(flow[inside], 0) - [3, 0]).max() < 0.3
+    assert np.abs(np.median(flow[outside], 0) - [0, 1]).max() < 0.3
+    own = without_camera(flow)
+    assert np.abs(np.median(own[outside], 0)).max() < 0.1
+    assert np.abs(np.median(own[inside], 0) - [3, -1]).max() < 0.4
+    assert optical_flow(pictures[0], pictures[1], 48).shape == (36, 48, 2)
+
+
+def test_zoom_and_turn_are_the_cameras():
+    y, x = np.mgrid[0:60, 0:80].astype(np.float32)
+    turn = np.stack([0.05 * (x - 40) - 0.03 * (y - 30), 0.03 * (x - 40) + 0.05 * (y - 30)], -1)
+    assert np.abs(without_camera(turn)).max() < 1e-3
+    turn[20:30, 20:30] += 5
+    np.testing.assert_allclose(without_camera(turn)[20:30, 20:30], 5, atol=1e-2)
+
+
+def test_pooling_counts_pixels():
+    labels = np.array([[0, 0, 1, 1], [0, 2, 2, 1]])
+    maps = np.stack([np.arange(8.0).reshape(2, 4), np.ones((2, 4))])
+    np.testing.assert_allclose(pooled(labels, maps), [[5 / 3, 1], [4, 1], [5.5, 1]], atol=1e-6)
+    coarse = np.array([[[10.0, 20.0]]])  # one cell for two columns of pixels
+    np.testing.assert_allclose(pooled(labels, coarse)[:, 0], [10, 20, 15], atol=1e-5)
+    assert neighbours(labels).tolist() == [
+        [False, True, True],
+        [True, False, True],
+        [True, True, False],
+    ]
+    assert neighbours(np.zeros((3, 3), int)).tolist() == [[True]]
+
+
+def test_statistics_of_a_mover_and_of_one_region():
+    labels = np.zeros((40, 60), int)
+    labels[10:20, 10:30] = 1
+    flow = np.zeros((40, 60, 2), np.float32)
+    flow[labels == 1] = [4, 3]
+    background, mover = flow_statistics(labels, flow)
+    assert mover[0] == pytest.approx(np.log1p(5)) and background[0] == pytest.approx(0, abs=1e-3)
+    assert mover[3] == pytest.approx(np.log1p(5), rel=1e-3)  # contrast with the neighbours
+    assert mover[8] == pytest.approx(200 / 2400) and mover[9] == 0
+    assert background[9] == pytest.approx(1)
+    alone = flow_statistics(np.zeros((40, 60), int), np.zeros((40, 60, 2), np.float32))
+    assert alone.shape == (1, motion_prior.STATISTICS) and np.isfinite(alone).all()
+
+
+@pytest.mark.parametrize("source", [FlowMagnitude(), statistics_prior()])
+@pytest.mark.parametrize("size", [(5, 9), (16, 300), (72, 96), (300, 700)])
+def test_identical_frames_and_small_frames(source, size):
+    frame = texture(0, *size)
+    prior = frame_prior(source, frame, frame)
+    assert prior.shape == size and prior.dtype == np.float32
+    assert np.ptp(prior) < 1e-6, "one region, one value"
+    assert not isinstance(source, FlowMagnitude) or prior.max() == 0
+
+
+def test_flow_magnitude_finds_the_mover():
+    pictures, masks = clip()
+    for t in range(4):
+        prior = frame_prior(FlowMagnitude(), pictures[t], pictures[neighbour(t, 4)])
+        assert prior[masks[t] > 0].mean() > 0.7 and prior[masks[t] == 0].mean() < 0.15
+    assert [neighbour(t, 3) for t in range(3)] == [1, 2, 1] and neighbour(0, 1) == 0
+
+
+def test_frames_of_two_sizes():
+    with pytest.raises(InputError, match="one size, got 20x20 and 24x20"):
+        frame_prior(FlowMagnitude(), texture(0, 20, 20), texture(0, 20, 24))
+
+
+def test_cache(tmp_path, monkeypatch):
+    records = as_records(tmp_path / "data", {"a": clip(3), "b": clip(1, seed=5)})
+    before = sorted(p for p in (tmp_path / "data").rglob("*"))
+    seen = []
+    made = make_priors(
+        records, FlowMagnitude(), tmp_path / "cache", on_frame=lambda: seen.append(1)
+    )
+    assert len(seen) == len(records) == 4
+    assert sorted((tmp_path / "data").rglob("*")) == before
+    pictures = [r.read_image() for r in records.sequences["a"]]
+    for record, (t, other) in zip(made.sequences["a"], ((0, 1), (1, 2), (2, 1)), strict=True):
+        prior = frame_prior(FlowMagnitude(), pictures[t], pictures[other])
+        stored = cv2.imread(str(record.prior), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_allclose(stored / 255, prior, atol=0.51 / 255)
+    assert not cv2.imread(str(made.sequences["b"][0].prior)).any()
+
+    def fail(*_):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(motion_prior, "optical_flow", fail)
+        again = make_priors(records, FlowMagnitude(), tmp_path / "cache")
+        assert [r.prior for r in again] == [r.prior for r in made]
+        with pytest.raises(AssertionError):  # other settings are other files
+            make_priors(records, FlowMagnitude(side=64), tmp_path / "cache")
+        os.utime(records[0].image, ns=(1, 1))
+        with pytest.raises(AssertionError):  # other pictures too
+            make_priors(records, FlowMagnitude(), tmp_path / "cache")
+
+
+def test_cache_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    records = as_records(tmp_path / "data", {"a": clip(2)})
+    (one, two) = make_priors(records, FlowMagnitude())
+    assert one.prior.is_relative_to(tmp_path / "vsod" / "priors") and two.prior.is_file()
+
+
+def test_a_picture_of_another_size_in_a_sequence(tmp_path):
+    records = as_records(tmp_path, {"a": clip(3)})
+    cv2.imwrite(str(records[1].image), texture(0, 40, 40))
+    with pytest.raises(InputError, match=r"sequence a, frames 00000 and 00001: .*96x72 and 40x40"):
+        make_priors(records, FlowMagnitude(), tmp_path / "cache")
+
+
+def test_regions_work_on_a_smaller_flow():
+    model = statistics_prior(region_side=50, scales=(100,))
+    flow = np.full((100, 200, 2), (4, 0), np.float32)
+    (labels,), features = model.regions(flow)
+    assert labels.shape == (25, 50) and labels.max() == 0
+    assert features[0, 5] == pytest.approx(np.log1p(1))  # a quarter as long in pixels
+    assert model.from_flow(flow).shape == (25, 50)
+
+
+def test_training_tells_movers_from_the_rest(tmp_path):
+    clips = {f"c{i}": clip(4, speed=2 + i % 3, camera=1 - i % 2, seed=10 * i) for i in range(4)}
+    records = as_records(tmp_path, clips)
+    model = statistics_prior()
+    steps = []
+    report = train_prior(
+        model, records, epochs=60, learning_rate=1e-2, on_step=lambda: steps.append(1)
+    )
+    assert report["frames"] == 12 and len(steps) == 12 + 60  # the last frames have no next one
+    assert report["loss"] < 0.5 * report["loss of the mean"]
+    pictures, masks = clip(2, seed=99)
+    flow = optical_flow(*pictures, model.side)
+    prior = model.from_flow(flow)
+    assert prior[masks[0] > 0].mean() > prior[masks[0] == 0].mean() + 0.4
+
+    model.save_pretrained(tmp_path / "prior")
+    back = load_prior(tmp_path / "prior")
+    np.testing.assert_array_equal(back.from_flow(flow), prior)
+    assert back.key() == model.key() != statistics_prior().key()
+
+
+def test_backbone_features_are_pooled_and_stay_frozen(tmp_path):
+    torch.manual_seed(0)
+    model = MotionPrior("vgg16", {"width": 0.0625}, scales=(100,), hidden=8)
+    channels = model.backbone.channels[0]
+    pictures, _ = clip(2)
+    labels, features = model.eval().regions(optical_flow(*pictures, 256))
+    regions = labels[0].max() + 1
+    assert regions > 1
+    assert features.shape == (regions, motion_prior.STATISTICS + 3 * channels)
+    frame = features[:, -channels:]
+    assert torch.equal(frame, frame[:1].expand_as(frame))
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    train_prior(model, as_records(tmp_path, {"a": clip(3)}), epochs=2)
+    assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
+    assert np.isfinite(model.from_flow(np.zeros((20, 30, 2), np.float32))).all()
+
+
+def test_what_cannot_be_used(tmp_path):
+    with pytest.raises(InputError, match="neither flow-magnitude nor a folder"):
+        load_prior(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no backbone"):
+        statistics_prior().load_backbone("IMAGENET1K_V1")
+    records = as_records(tmp_path / "one", {"a": clip(1)})
+    with pytest.raises(InputError, match="no frame with ground truth and a next frame"):
+        train_prior(statistics_prior(), records)
+
+
+def vsod(*arguments):
+    """Exit code of the command."""
+    from vsod_models.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    return exit.value.code
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("typer", reason="the extra `models` is not installed")
+    from vsod_models import data
+
+    records = as_records(tmp_path / "data", {"a": clip(3)})
+    monkeypatch.setattr(data, "open_dataset", lambda name, root, split: records)
+    train = ("prior", "train", "set", tmp_path, "--epochs", 2)
+    assert vsod(*train, "--backbone", "none", "-o", tmp_path / "prior") == 0
+    assert "regions of 2 frames" in capsys.readouterr().out
+    make = ("prior", "make", "set", tmp_path, "--cache", tmp_path / "cache")
+    assert vsod(*make, "--prior", tmp_path / "prior") == 0
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 3
+
+    assert vsod(*train, "--backbone", "none", "-o", tmp_path / "data") == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert vsod(*train, "-o", tmp_path / "other") == 2
+    assert "needs --weights" in capsys.readouterr().err
+    assert vsod(*make, "--prior", "raft") == 2
+    assert capsys.readouterr().err.startswith("vsod: motion prior 'raft' is neither")
