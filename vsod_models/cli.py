@@ -5,23 +5,18 @@ Imports of torch and the like happen inside the commands, so that `vsod --help` 
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterable
 import contextlib
 import functools
+import os
 import sys
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from .errors import InputError
-from .files import whole_file
-from .files import whole_folder
+from .files import whole_file, whole_folder
 
 app = typer.Typer(
     name="vsod",
