@@ -7,8 +7,10 @@ was killed and resumed sees what it would have seen, and so do two devices that 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -420,9 +423,18 @@ def train(config: Config, *, resume: bool = False) -> Path:
         start = check_same(config, last)
     elif not resume and last.exists() and "LOCAL_RANK" not in os.environ:
         raise InputError(f"{out}: holds a run already; --resume goes on with it")
+    if config.loss.positive_weight not in ("paper", "balanced"):
+        raise InputError(
+            'loss.positive_weight must be "paper" or "balanced", '
+            f"got {config.loss.positive_weight!r}"
+        )
     dataset = make_dataset(config)
     model = make_model(config)
     task = Task(model, config)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # it is the run folder
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     callbacks: list[Callback] = [
         Bar(),
         ModelCheckpoint(
@@ -431,25 +443,28 @@ def train(config: Config, *, resume: bool = False) -> Path:
     ]
     if config.data.validation is not None and config.validate_every:
         callbacks.insert(1, Validation(config))
-    trainer = lightning.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.nodes,
-        strategy="ddp" if config.devices * config.nodes > 1 else "auto",
-        precision=config.precision,  # type: ignore[arg-type]
-        max_steps=config.iterations,
-        max_epochs=-1,
-        accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=config.optimizer.clip_gradient or None,
-        use_distributed_sampler=False,
-        sync_batchnorm=torch.cuda.is_available() and config.devices * config.nodes > 1,
-        logger=TensorBoardLogger(out, name="", version="curves", purge_step=start or None),
-        log_every_n_steps=10,
-        callbacks=callbacks,
-        plugins=[WholeCheckpoints()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    try:
+        trainer = lightning.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy="ddp" if config.devices * config.nodes > 1 else "auto",
+            precision=config.precision,  # type: ignore[arg-type]
+            max_steps=config.iterations,
+            max_epochs=-1,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.optimizer.clip_gradient or None,
+            use_distributed_sampler=False,
+            sync_batchnorm=torch.cuda.is_available() and config.devices * config.nodes > 1,
+            logger=TensorBoardLogger(out, name="", version="curves", purge_step=start or None),
+            log_every_n_steps=10,
+            callbacks=callbacks,
+            plugins=[WholeCheckpoints()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise InputError(f"precision, accelerator, devices or nodes: {error}") from None
     loader = DataLoader(
         dataset,
         batch_sampler=SampleNumbers(
@@ -467,7 +482,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
         )
         with whole_file(out / "config.yaml") as part:
             part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    trainer.fit(task, loader, ckpt_path=last if start else None)
+    trainer.fit(task, loader, ckpt_path=last if start else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
     if trainer.is_global_zero:
         model.save_pretrained(out / "model")
     return out / "model"

@@ -1,0 +1,299 @@
+"""Training: recipes, samples by number, resuming after a kill, several devices."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("omegaconf")
+pytest.importorskip("cv2")
+pytest.importorskip("skimage")
+pytest.importorskip("torchvision")
+
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from vsod_models.cli import app, main
+from vsod_models.errors import InputError
+from vsod_models.files import whole_file, whole_folder
+from vsod_models.pretrained import load_model
+from vsod_models.training import Config, SampleNumbers, make_dataset, read_config, train
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """
+model:
+  name: mssa
+  backbone: vgg11
+  backbone_options: {width: 0.125}
+  levels: [8, 16]
+  skips: [4]
+  heads: [1, 2]
+  dim: 16
+  depth: 1
+  feed_forward: 16
+  decoder_dim: 8
+  image_size: [32, 32]
+data:
+  train:
+    - {dataset: synthetic, options: {clips: 8, frames: 4, size: [40, 40]}}
+  sizes: [[32, 32]]
+  clip_length: 2
+  workers: 0
+accelerator: cpu
+batch_size: 2
+iterations: 6
+checkpoint_every: 2
+optimizer: {learning_rate: 0.001}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def start(recipe: Path, out: Path, *arguments: str) -> subprocess.Popen:
+    """`vsod train` in a process of its own."""
+    command = [sys.executable, "-m", "vsod_models.cli", "train", "--config", str(recipe)]
+    return subprocess.Popen(
+        [*command, f"out={out}", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(recipe, tmp_path):
+    never = start(recipe, tmp_path / "never", "data.workers=1")
+    # So many iterations that the kill comes before the end; the resumed run is told the real end.
+    killed = start(recipe, tmp_path / "killed", "data.workers=1", "iterations=100000")
+    checkpoint = tmp_path / "killed" / "last.ckpt"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists():
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[0]
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    # The machine decides how far it came; any checkpoint serves, but not one beyond the end.
+    iteration = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert iteration % 2 == 0 and iteration >= 2
+    finish(never)
+    ends = max(6, iteration + 2)
+    if ends > 6:
+        finish(start(recipe, tmp_path / "longer", "data.workers=1", f"iterations={ends}"))
+    printed = finish(
+        start(recipe, tmp_path / "killed", "data.workers=1", f"iterations={ends}", "--resume")
+    )
+    assert f"iterations {iteration} to {ends}" in printed
+    expected = weights(tmp_path / ("never" if ends == 6 else "longer"))
+    resumed = weights(tmp_path / "killed")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_two_processes_are_one_with_twice_the_batch(recipe, tmp_path):
+    two = start(recipe, tmp_path / "two", "devices=2", "batch_size=2")
+    one = start(recipe, tmp_path / "one", "devices=1", "batch_size=4")
+    finish(one)
+    assert "cpu x 2" in finish(two)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_accumulated_batches_are_one_large_batch(recipe, tmp_path):
+    for name, changes in (("one", ["batch_size=4"]), ("sum", ["batch_size=2", "accumulate=2"])):
+        train(read_config(recipe, [f"out={tmp_path / name}", *changes]))
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "sum")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_training_improves(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = [f"out={tmp_path}/run", "iterations=60", "checkpoint_every=30", "data.augment=false"]
+    changes += ["data.train.0.options.clips=2", "optimizer.learning_rate=0.003"]
+    train(read_config(recipe, [*changes, "loss.positive_weight=balanced"]))
+    curves = EventAccumulator(str(tmp_path / "run" / "curves"))
+    curves.Reload()
+    losses = [point.value for point in curves.Scalars("loss")]
+    assert len(losses) == 6
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_validation_writes_scores_and_pictures(recipe, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    validation = "{dataset: synthetic, split: val, options: {clips: 2, frames: 4, size: [40, 48]}}"
+    changes = [f"out={tmp_path}/run", "iterations=2", f"data.validation={validation}"]
+    train(read_config(recipe, [*changes, "validate_every=2"]))
+    assert "davsod protocol" in capsys.readouterr().out
+    curves = EventAccumulator(str(tmp_path / "run" / "curves"))
+    curves.Reload()
+    assert 0 < curves.Scalars("validation/MAE")[0].value < 1
+    assert len([tag for tag in curves.Tags()["images"] if tag.startswith("validation/")]) == 2
+
+
+def test_a_checkpoint_is_a_model_and_a_start(recipe, tmp_path):
+    train(read_config(recipe, [f"out={tmp_path}/first", "iterations=2"]))
+    loaded = load_model(tmp_path / "first" / "last.ckpt").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in weights(tmp_path / "first").items())
+    other = [f"out={tmp_path}/second", f"initial={tmp_path}/first/model"]
+    train(read_config(recipe, [*other, "iterations=2", "optimizer.learning_rate=0"]))
+    assert all(torch.equal(loaded[k], v) for k, v in weights(tmp_path / "second").items())
+    with pytest.raises(InputError, match="weights of another model"):
+        train(read_config(recipe, [*other, f"out={tmp_path}/third", "model.dim=32"]))
+
+
+def test_samples_are_numbers():
+    config = Config(out="", iterations=10, checkpoint_every=4, batch_size=3)
+    one = list(SampleNumbers(config, 0, 1, lambda: 0))
+    assert one == [list(range(3 * i, 3 * i + 3)) for i in range(4)]
+    config.accumulate, config.batch_size = 2, 2
+    ranks = [list(SampleNumbers(config, rank, 2, lambda: 8)) for rank in range(2)]
+    assert [len(r) for r in ranks] == [4, 4]  # two iterations are left, of two batches each
+    together = [number for pair in zip(*ranks, strict=True) for part in pair for number in part]
+    assert together == list(range(8 * 2 * 2 * 2, 10 * 2 * 2 * 2))
+
+
+def test_the_mix_keeps_to_its_shares_and_sizes(recipe):
+    changes = [
+        "data.train=[{dataset: synthetic, share: 3, options: {clips: 2, frames: 2, size: [40, 40]}},"
+        "{dataset: synthetic, split: val, share: 1, options: {clips: 2, frames: 2, size: [40, 40]}}]",
+        "data.sizes=[[32, 32], [16, 48]]",
+    ]
+    mix = make_dataset(read_config(recipe, changes))
+    draws = [np.random.default_rng((0, n)).random() for n in range(400)]
+    assert abs(np.mean(np.searchsorted(mix.bounds, draws, side="right") == 0) - 0.75) < 0.05
+    shapes = [tuple(mix[n]["frames"].shape[-2:]) for n in range(6)]
+    assert shapes == [(32, 32), (32, 32), (16, 48), (16, 48), (32, 32), (32, 32)]
+    assert torch.equal(mix[5]["frames"], mix[5]["frames"])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
+def test_recipes_are_complete(file):
+    config = read_config(file)
+    assert config.out.startswith("runs/") and config.data.train and config.iterations > 0
+
+
+def test_baseline_recipes_differ_in_the_reductions_alone():
+    for stage in ("pretrain", "finetune"):
+        mssa = read_config(ROOT / "recipes" / f"mssa-{stage}.yaml")
+        baseline = read_config(ROOT / "recipes" / f"baseline-{stage}.yaml")
+        assert mssa.model.pop("reductions") == [1, 2]
+        assert baseline.model.pop("reductions") == [1]
+        baseline.out, baseline.initial = mssa.out, mssa.initial
+        assert baseline == mssa
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("batchsize=3", "batchsize"),
+        ("batch_size=many", "batch_size"),
+        ("optimizer.rate=3", "rate"),
+        ("batch_size", "not key=value"),
+        ("data.train=[{set: davis16}]", "set"),
+        ("out=[", r"out=\["),
+    ],
+)
+def test_overrides_that_cannot_be(recipe, override, message):
+    with pytest.raises(InputError, match=message) as raised:
+        read_config(recipe, [override])
+    assert "\n" not in str(raised.value)
+
+
+def test_recipes_that_cannot_be(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: no such recipe"):
+        read_config(tmp_path / "none.yaml")
+    file = tmp_path / "bad.yaml"
+    for text in ("a: [", "- 1\n- 2\n", "colour: red\n"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"bad\.yaml"):
+            read_config(file)
+    file.write_text("iterations: 3\n")
+    with pytest.raises(InputError, match="out"):
+        read_config(file)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["model.colour=3"], r"model\.colour is not an argument"),
+        (["model.name=u2net"], "u2net"),
+        (["data.train=[]"], r"data\.train is empty"),
+        (["data.train=[{dataset: davis16}]"], r"data\.roots\.davis16=DIR"),
+        (["data.sampling=sorted"], r"data\.sampling"),
+        (["loss.positive_weight=inverse"], r"loss\.positive_weight"),
+        (["optimizer.learning_rate=1e30", "optimizer.clip_gradient=0"], "not finite"),
+        (["precision=8-bit"], "precision"),
+        (["accelerator=cuda"], "accelerator"),
+    ],
+)
+def test_runs_that_cannot_be(recipe, tmp_path, changes, message):
+    if changes == ["accelerator=cuda"] and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(InputError, match=message) as raised:
+        train(read_config(recipe, [f"out={tmp_path}/run", *changes]))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_folder_is_not_overwritten(recipe, tmp_path):
+    train(read_config(recipe, [f"out={tmp_path}/run", "iterations=2"]))
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        train(read_config(recipe, [f"out={tmp_path}/run", "iterations=2"]))
+    with pytest.raises(InputError, match="another batch_size"):
+        train(read_config(recipe, [f"out={tmp_path}/run", "batch_size=1"]), resume=True)
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    (tmp_path / "run" / "last.ckpt").write_bytes(before[:1000])
+    with pytest.raises(InputError, match=r"last\.ckpt: not a checkpoint"):
+        train(read_config(recipe, [f"out={tmp_path}/run"]), resume=True)
+
+
+def test_the_command_says_one_line(recipe, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--config", str(recipe), "out=/nowhere", "colour=red"])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vsod: ") and "colour" in error and error.count("\n") == 1
+    assert CliRunner().invoke(app, ["train", "--help"]).exit_code == 0
+
+
+def test_files_and_folders_are_whole_or_not_there(tmp_path):
+    file, folder = tmp_path / "a.bin", tmp_path / "b"
+    file.write_bytes(b"before")
+    with pytest.raises(ZeroDivisionError), whole_file(file) as part:
+        part.write_bytes(b"half")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), whole_folder(folder) as part:
+        (part / "x").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"] and file.read_bytes() == b"before"
+    with whole_file(file) as part, whole_folder(folder) as other:
+        part.write_bytes(b"after")
+        (other / "x").write_bytes(b"after")
+    assert file.read_bytes() == (folder / "x").read_bytes() == b"after"
+    with pytest.raises(FileExistsError), whole_folder(folder):
+        pass
