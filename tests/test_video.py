@@ -102,6 +102,17 @@ def test_pictures_of_every_kind(tmp_path):
     assert [f.name for f in open_source([tmp_path / "frame2.png"])] == ["frame2"]
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_photographs_are_upright(tmp_path, ending):
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned right by a quarter
+    Image.fromarray(picture(0)).save(tmp_path / f"a.{ending}", exif=orientation)
+    (frame,) = open_source(tmp_path / f"a.{ending}")
+    expected = np.rot90(picture(0), -1)
+    assert frame.picture.shape == expected.shape
+    assert np.abs(frame.picture.astype(int) - expected).mean() < 6
+
+
 def test_natural_order():
     names = ["b2.png", "b10.png", "a.png", "b1.png", "1b.png"]
     ordered = [path.name for path in natural_order(Path(name) for name in names)]

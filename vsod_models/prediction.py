@@ -38,8 +38,7 @@ def mask(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> 
 
 def overlay(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
     """(H, W, 3): the frame, tinted by half where it is salient, with the contour at 0.5."""
-    share = 0.5 * saliency[:, :, None]
-    made = np.rint(frame * (1 - share) + share * np.array(TINT)).astype(np.uint8)
+    made = _over(frame, TINT, 1 - saliency / 2)
     contours, _ = cv2.findContours(
         (saliency >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
@@ -54,8 +53,14 @@ def matte(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) ->
 
 def cutout(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
     """(H, W, 3): the frame over a plain colour, mixed by the saliency."""
-    share = saliency[:, :, None]
-    return np.rint(frame * share + (1 - share) * np.array(background)).astype(np.uint8)
+    return _over(frame, background, saliency)
+
+
+def _over(frame: np.ndarray, colour: Sequence[int], share: np.ndarray) -> np.ndarray:
+    """The frame with its share (H, W), over a plain colour with the rest."""
+    plain = np.empty_like(frame)
+    plain[:] = colour
+    return cv2.blendLinear(frame, plain, share, 1 - share)
 
 
 def side_by_side(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
