@@ -96,6 +96,23 @@ def test_a_window_of_carried_features_gives_the_same():
             torch.testing.assert_close(model.decode(window, (41, 57)), expected)
 
 
+@pytest.mark.parametrize("full_resolution", [False, True])
+def test_bfloat16_autocast(full_resolution):
+    model = small(full_resolution=full_resolution).eval()
+    frames, prior = clip()
+    expected = model(frames, prior)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(frames, prior)
+        msst_loss(*model.train()(frames, prior), torch.ones_like(out)).backward()
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+    assert torch.isfinite(model.spatial.network.features[0].weight.grad).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40)])
+def test_frames_smaller_than_the_stride(size):
+    assert small().eval()(*clip(size=size)).shape == (1, 1, *size)
+
+
 def test_motion_reaches_the_mask():
     model = small("st").eval()
     frames, prior = clip()
