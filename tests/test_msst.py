@@ -199,6 +199,37 @@ def test_it_learns_a_moving_square():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_predict_command(tmp_path, capsys):
+    """Stream from the command: a prior is made where the model needs one, masks come out."""
+    for package in ("av", "typer", "cv2", "skimage"):
+        pytest.importorskip(package, reason="the extra `models` is not installed")
+    import cv2
+
+    from vsod_models.cli import main
+    from vsod_models.motion_prior import MotionPrior
+
+    frames, _ = clip(1, 3)
+    (tmp_path / "frames").mkdir()
+    for t, frame in enumerate((255 * frames[0]).byte().movedim(1, -1).numpy()):
+        cv2.imwrite(str(tmp_path / "frames" / f"{t:05d}.png"), frame)
+    small().save_pretrained(tmp_path / "msst")
+    MotionPrior(None, scales=(50,), hidden=4).save_pretrained(tmp_path / "prior")
+
+    def predict(model, *options, out="out"):
+        with pytest.raises(SystemExit) as exit:
+            paths = [tmp_path / "frames", "-o", tmp_path / out, "--model", tmp_path / model]
+            main(["predict", *map(str, (*paths, "--device", "cpu", *options))])
+        return exit.value.code
+
+    assert predict("msst", "--crf") == 0
+    masks = sorted((tmp_path / "out").iterdir())
+    assert [cv2.imread(str(p)).shape for p in masks] == [(41, 57, 3)] * 3
+    assert predict("msst", "--prior", tmp_path / "prior", out="other") == 0
+    assert predict("msst", "--prior", "raft", out="third") == 2
+    assert predict("prior", out="third") == 2
+    assert "a motion prior, not a model of saliency" in capsys.readouterr().err
+
+
 # ---- losses
 
 
