@@ -1,6 +1,6 @@
 """Draws docs/synthetic.jpg: clips that are procedural to the last pixel.
 
-    python docs/data_pictures.py
+python docs/data_pictures.py
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ def strip(index: int) -> np.ndarray:
 def main() -> None:
     strips = [strip(index) for index in CLIPS]
     half = len(strips) // 2
-    columns = [np.concatenate(part) for part in (strips[:half], strips[half:])]
-    sheet = np.concatenate([columns[0], np.zeros((len(columns[0]), 12, 3), np.uint8), columns[1]], 1)
+    left, right = np.concatenate(strips[:half]), np.concatenate(strips[half:])
+    sheet = np.concatenate([left, np.zeros((len(left), 12, 3), np.uint8), right], axis=1)
     path = Path(__file__).with_name("synthetic.jpg")
     cv2.imwrite(str(path), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
 

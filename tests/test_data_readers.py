@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,13 @@ def test_a_dataset_needs_a_folder(tmp_path):
         open_dataset("davis16", tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match="no option 'colour'"):
         open_dataset("davis16", davis(tmp_path), "train", colour=1)
+    with pytest.raises(InputError, match="synthetic clips lie in no folder"):
+        open_dataset("synthetic", tmp_path, "train")
+
+
+def test_readers_do_without_torch():
+    code = "import sys, vsod_models.data; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- davis16
@@ -409,6 +418,7 @@ def test_coco_run_lengths():
         assert np.array_equal(coco.decode_rle(code, 37, 53), array)
 
 
+@pytest.mark.filterwarnings("ignore:__array__")  # of pycocotools under NumPy 2
 def test_coco_polygons_are_those_of_the_coco_tools():
     codes = pytest.importorskip("pycocotools.mask", reason="the reference decoder")
     random = np.random.default_rng(1)

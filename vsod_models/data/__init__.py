@@ -25,6 +25,12 @@ class Dataset:
     counts: Mapping[str, Counts] = field(default_factory=dict)
 
 
+def _synthetic(root: Path | None, split: str, **options: Any) -> Records:
+    if root is not None:
+        raise InputError(f"{root}: synthetic clips lie in no folder")
+    return synthetic.open_synthetic(split, **options)
+
+
 DATASETS: dict[str, Dataset] = {
     "davis16": Dataset(davis16.open_davis16, davis16.SPLITS, davis16.COUNTS),
     "folder": Dataset(davis16.open_folder, davis16.SPLITS),
@@ -34,9 +40,7 @@ DATASETS: dict[str, Dataset] = {
     "duts": Dataset(stills.open_duts, stills.DUTS_SPLITS, stills.DUTS_COUNTS),
     "stills": Dataset(stills.open_stills, stills.SPLITS),
     "coco": Dataset(coco.open_coco, coco.SPLITS),
-    "synthetic": Dataset(
-        lambda root, split, **options: synthetic.open_synthetic(split, **options), synthetic.SPLITS
-    ),
+    "synthetic": Dataset(_synthetic, synthetic.SPLITS),
 }
 
 
