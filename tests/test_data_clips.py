@@ -1,5 +1,6 @@
 """Samples for training: functions of (seed, i); what moves the frames moves the masks."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -215,6 +216,12 @@ def test_labels_priors_and_cache(tmp_path):
     assert same(sample, dataset[0])  # from memory
     with pytest.raises(InputError, match=r"prior\.png: no such file"):
         ClipDataset(records, 3, **options)[0]
+    Image.fromarray(Disc(1)()[:20]).save(path)
+    with pytest.raises(InputError, match=r"prior\.png: the motion prior is \d+x20, its frame"):
+        ClipDataset(records, 3, **options)[0]
+    some = [replace(r, prior=None) if r.frame == 1 else r for r in records]
+    with pytest.raises(InputError, match="have no motion prior"):
+        ClipDataset(Records("discs", "train", some), 3, **options)
 
 
 @pytest.mark.parametrize(

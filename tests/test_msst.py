@@ -96,6 +96,23 @@ def test_a_window_of_carried_features_gives_the_same():
             torch.testing.assert_close(model.decode(window, (41, 57)), expected)
 
 
+@pytest.mark.parametrize("full_resolution", [False, True])
+def test_bfloat16_autocast(full_resolution):
+    model = small(full_resolution=full_resolution).eval()
+    frames, prior = clip()
+    expected = model(frames, prior)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(frames, prior)
+        msst_loss(*model.train()(frames, prior), torch.ones_like(out)).backward()
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+    assert torch.isfinite(model.spatial.network.features[0].weight.grad).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40)])
+def test_frames_smaller_than_the_stride(size):
+    assert small().eval()(*clip(size=size)).shape == (1, 1, *size)
+
+
 def test_motion_reaches_the_mask():
     model = small("st").eval()
     frames, prior = clip()
@@ -180,6 +197,37 @@ def test_it_learns_a_moving_square():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_predict_command(tmp_path, capsys):
+    """Stream from the command: a prior is made where the model needs one, masks come out."""
+    for package in ("av", "typer", "cv2", "skimage"):
+        pytest.importorskip(package, reason="the extra `models` is not installed")
+    import cv2
+
+    from vsod_models.cli import main
+    from vsod_models.motion_prior import MotionPrior
+
+    frames, _ = clip(1, 3)
+    (tmp_path / "frames").mkdir()
+    for t, frame in enumerate((255 * frames[0]).byte().movedim(1, -1).numpy()):
+        cv2.imwrite(str(tmp_path / "frames" / f"{t:05d}.png"), frame)
+    small().save_pretrained(tmp_path / "msst")
+    MotionPrior(None, scales=(50,), hidden=4).save_pretrained(tmp_path / "prior")
+
+    def predict(model, *options, out="out"):
+        with pytest.raises(SystemExit) as exit:
+            paths = [tmp_path / "frames", "-o", tmp_path / out, "--model", tmp_path / model]
+            main(["predict", *map(str, (*paths, "--device", "cpu", *options))])
+        return exit.value.code
+
+    assert predict("msst", "--crf") == 0
+    masks = sorted((tmp_path / "out").iterdir())
+    assert [cv2.imread(str(p)).shape for p in masks] == [(41, 57, 3)] * 3
+    assert predict("msst", "--prior", tmp_path / "prior", out="other") == 0
+    assert predict("msst", "--prior", "raft", out="third") == 2
+    assert predict("prior", out="third") == 2
+    assert "a motion prior, not a model of saliency" in capsys.readouterr().err
 
 
 # ---- losses

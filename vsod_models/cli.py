@@ -409,6 +409,9 @@ def predict(
     batch: Annotated[int | None, typer.Option(help="Windows that run at once.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     crf: Annotated[bool, typer.Option("--crf", help="Refine masks with a dense CRF.")] = False,
+    prior: Annotated[
+        str, typer.Option(help="Of MSST: flow-magnitude, or a folder of `prior train`.")
+    ] = "flow-magnitude",
     rate: Annotated[float, typer.Option(help="Frames a second, for pictures.")] = 25.0,
     background: Annotated[str, typer.Option(help="Colour behind a cutout.")] = "#ffffff",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
@@ -420,14 +423,23 @@ def predict(
     view = prediction.check_view(view, output)
     video.check_output(Path(output), source, overwrite)  # before the model is loaded
     colour = prediction.parse_colour(background)
+    loaded = pretrained.load_model(model)
+    if not hasattr(loaded, "clip_length"):
+        raise InputError(f"{model}: a motion prior, not a model of saliency; it goes to --prior")
+    make_prior = None
+    if loaded.needs_prior:
+        from .motion_prior import frame_prior, load_prior
+
+        make_prior = functools.partial(frame_prior, load_prior(prior))
     predictor = prediction.VideoPredictor(
-        pretrained.load_model(model),
+        loaded,
         device,
         prediction.parse_size(size) if size else None,
         overlap=overlap,
         batch=batch,
         precision=precision,
         crf=crf,
+        prior=make_prior,
         name=Path(model).name,
     )
     print(predictor.describe(), flush=True)

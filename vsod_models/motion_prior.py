@@ -36,6 +36,7 @@ from .pretrained import PretrainedModel, load_model
 
 FLOW_MAGNITUDE = "flow-magnitude"
 STATISTICS = 11  # numbers of flow_statistics
+VERSION = 1  # part of every cache key: raised when the same settings come to give other maps
 LEAST_SIDE = 16  # DIS needs 12 pixels
 
 
@@ -234,7 +235,7 @@ class MotionPrior(PretrainedModel):
         self,
         backbone: str | None = "vgg16",
         backbone_options: dict | None = None,
-        scales: Sequence[float] = (50, 150, 400),
+        scales: Sequence[float] = (20, 60, 180),
         least_pixels: int = 30,
         side: int = 480,
         region_side: int = 256,
@@ -319,7 +320,8 @@ class MotionPrior(PretrainedModel):
 
 
 def hash_of(settings: dict, tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    text = json.dumps({"version": VERSION, **settings}, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -80,7 +80,8 @@ class MSST(PretrainedModel):
                 f"configuration {configuration!r} is not one of {', '.join(CONFIGURATIONS)}"
             )
         self.configuration, self.full_resolution = configuration, full_resolution
-        self.keep_rgb, self.image_size = keep_rgb, tuple(image_size)
+        self.keep_rgb = keep_rgb
+        self.image_size = (int(image_size[0]), int(image_size[1]))
         self.needs_prior = configuration != "os"
         self.clip_length = clip_length if configuration == "full" else 1
 

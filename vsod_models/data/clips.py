@@ -67,7 +67,13 @@ class ClipDataset(Dataset[Sample]):
         self.augment = augment
         self.seed = seed
         self.label_weights = {"fine": 1.0, "coarse": 1.0} | dict(label_weights or {})
-        self.has_prior = len(records) > 0 and all(r.prior is not None for r in records)
+        without = [f"{r.sequence}/{r.name}" for r in records if r.prior is None]
+        self.has_prior = not without and len(records) > 0
+        if 0 < len(without) < len(records):
+            raise InputError(
+                f"{records.dataset} {records.split}: {len(without)} of {len(records)} frames have "
+                f"no motion prior (first: {without[0]})"
+            )
 
         self.sequences = list(records.sequences.values())
         anchors = [
@@ -157,6 +163,11 @@ class ClipDataset(Dataset[Sample]):
             planes.append((resized(mask * np.uint8(255), self.stored_size) > 127).astype(np.uint8))
         if self.has_prior and record.prior is not None:
             prior = grey(read_as_stored(record.prior)).astype(np.uint8)
+            if prior.shape != image.shape[:2]:
+                raise InputError(
+                    f"{record.prior}: the motion prior is {prior.shape[1]}x{prior.shape[0]}, its "
+                    f"frame {image.shape[1]}x{image.shape[0]}"
+                )
             planes.append(resized(prior, self.stored_size))
         if self.cache is not None:
             self.cache[key] = tuple(planes)
