@@ -34,7 +34,7 @@ model:
   backbone_options: {width: 0.125}
   levels: [8, 16]
   skips: [4]
-  heads: [1, 2]
+  heads: [2, 4]
   dim: 16
   depth: 1
   feed_forward: 16
@@ -84,6 +84,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
 
+def assert_same_but_for_rounding(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    for name, value in a.items():
+        other = b[name]
+        if "key_value" in name and name.endswith("bias"):
+            # A key's bias moves no softmax: its gradient is rounding, which Adam makes large.
+            value, other = value.chunk(2)[1], other.chunk(2)[1]
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=2e-5, msg=name)
+
+
 def test_killed_and_resumed_ends_with_the_same_bits(recipe, tmp_path):
     never = start(recipe, tmp_path / "never", "data.workers=1")
     # So many iterations that the kill comes before the end; the resumed run is told the real end.
@@ -116,17 +125,13 @@ def test_two_processes_are_one_with_twice_the_batch(recipe, tmp_path):
     one = start(recipe, tmp_path / "one", "devices=1", "batch_size=4")
     finish(one)
     assert "cpu x 2" in finish(two)
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_but_for_rounding(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
 def test_accumulated_batches_are_one_large_batch(recipe, tmp_path):
     for name, changes in (("one", ["batch_size=4"]), ("sum", ["batch_size=2", "accumulate=2"])):
         train(read_config(recipe, [f"out={tmp_path / name}", *changes]))
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "sum")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_but_for_rounding(weights(tmp_path / "one"), weights(tmp_path / "sum"))
 
 
 def test_training_improves(recipe, tmp_path):
@@ -179,9 +184,10 @@ def test_samples_are_numbers():
 
 def test_the_mix_keeps_to_its_shares_and_sizes(recipe):
     changes = [
-        "data.train=[{dataset: synthetic, share: 3, options: {clips: 2, frames: 2, size: [40, 40]}},"
-        "{dataset: synthetic, split: val, share: 1, options: {clips: 2, frames: 2, size: [40, 40]}}]",
+        "data.train=[{dataset: synthetic, share: 3, options: {clips: 2, size: [40, 40]}},"
+        "{dataset: synthetic, split: val, share: 1, options: {clips: 2, size: [40, 40]}}]",
         "data.sizes=[[32, 32], [16, 48]]",
+        "out=unused",
     ]
     mix = make_dataset(read_config(recipe, changes))
     draws = [np.random.default_rng((0, n)).random() for n in range(400)]

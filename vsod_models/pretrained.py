@@ -143,7 +143,10 @@ def build_model(name: str, arguments: dict[str, Any], source: str) -> Pretrained
                 f"{source}: model.{key} is not an argument of {cls.__name__} "
                 f"({', '.join(k for k in known if k != 'self')})"
             )
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

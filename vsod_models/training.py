@@ -112,19 +112,20 @@ def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
         InputError: unknown key, wrong type or missing value; names the file or the override.
     """
     config = OmegaConf.structured(Config)
-    layers = _recipe_layers(Path(file))
-    for override in overrides:
-        if "=" not in override:
-            raise InputError(f"{override!r} is not key=value")
-        try:
-            layers.append((override, OmegaConf.from_dotlist([override])))
-        except Exception as error:  # the YAML parser's own kinds
-            raise InputError(f"{override}: {_first_line(error)}") from None
-    for source, layer in layers:
+    for source, layer in _recipe_layers(Path(file)):
         try:
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
             raise InputError(f"{source}: {_first_line(error)}") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r} is not key=value")
+        try:
+            value = OmegaConf.from_dotlist([f"value={text}"]).value
+            OmegaConf.update(config, key, value, merge=True)
+        except Exception as error:  # OmegaConf's kinds and the YAML parser's
+            raise InputError(f"{override}: {_first_line(error)}") from None
     try:
         return cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
@@ -457,7 +458,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             use_distributed_sampler=False,
             sync_batchnorm=torch.cuda.is_available() and config.devices * config.nodes > 1,
             logger=TensorBoardLogger(out, name="", version="curves", purge_step=start or None),
-            log_every_n_steps=10,
+            log_every_n_steps=min(10, config.checkpoint_every),
             callbacks=callbacks,
             plugins=[WholeCheckpoints()],
             enable_progress_bar=False,
