@@ -54,10 +54,15 @@ def test_map_pixel_lies_over_its_image_pixel(name):
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
+    """torchvision's keys and shapes; the classifier counts rows in biases, columns in weights."""
+    network = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    state = network.state_dict(prefix="features.")
+    for key, columns in (("classifier.0", 512 * 7 * 7), ("classifier.3", 4096)):
+        state[f"{key}.weight"] = torch.arange(columns).float().expand(4096, columns)
+        state[f"{key}.bias"] = torch.arange(4096).float()
     path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
-    network = torchvision.models.vgg16(weights=None)
-    torch.save(network.state_dict(), path)
-    return path, network.state_dict()
+    torch.save(state, path)
+    return path, state
 
 
 def test_vgg_weights_and_thinned_classifier(vgg_file):
@@ -67,7 +72,8 @@ def test_vgg_weights_and_thinned_classifier(vgg_file):
     assert torch.equal(model.features[28].weight, state["features.28.weight"])
     fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)
     assert torch.equal(model.fc6.weight[1, :, 1, 2], fc6[4, :, 3, 6])
-    assert torch.equal(model.fc7.weight[2, 3, 0, 0], state["classifier.3.weight"][8, 12])
+    assert model.fc6.bias[5] == 20 and model.fc7.bias[6] == 24
+    assert model.fc7.weight[2, 3, 0, 0] == 12
 
 
 @pytest.mark.parametrize("keep_rgb", [True, False])

@@ -163,9 +163,9 @@ def test_disk(tmp_path):
 
 
 def test_backbone_weights_reach_both_streams(tmp_path):
-    from torchvision.models import vgg16
+    from torchvision.models import vgg
 
-    state = vgg16(weights=None).features.state_dict(prefix="features.")
+    state = vgg.make_layers(vgg.cfgs["D"]).state_dict(prefix="features.")
     torch.save(state, tmp_path / "vgg16.pth")
     model = MSST("st", keep_rgb=False)
     model.load_backbone(tmp_path / "vgg16.pth")

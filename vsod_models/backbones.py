@@ -92,21 +92,8 @@ class Backbone(nn.Module):
         Raises:
             InputError: unknown name, no connection, or a file that does not fit the network.
         """
-        path = Path(weights)
-        if path.suffix in (".pth", ".pt", ".safetensors"):
-            state, source = read_weights(path), str(path)
-        else:
-            state, source = fetch_weights(self.name, str(weights)), f"{self.name} {weights}"
-        wanted = self.body.state_dict()
-        missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
-        unfit = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-        if missing or unfit:
-            raise InputError(
-                f"{source}: not weights of this {self.name}: {len(missing)} of {len(wanted)} "
-                f"parameters are missing and {len(unfit)} have another shape "
-                f"(first: {(missing + unfit)[0]})"
-            )
-        self.body.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+        state, source = find_weights(self.name, weights)
+        load_fitting(self.body, state, f"{source}: not weights of this {self.name}")
 
 
 def build_network(name: str, width: float, options: Mapping[str, Any]) -> nn.Module:
@@ -158,6 +145,38 @@ def find_maps(network: nn.Module, tap: str) -> dict[int, tuple[str, int]]:
     for hook in hooks:
         hook.remove()
     return maps
+
+
+def find_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str]:
+    """The state dict of a file or of torchvision's weights, and what to call it in messages."""
+    path = Path(weights)
+    if path.suffix in (".pth", ".pt", ".safetensors"):
+        return read_weights(path), str(path)
+    return fetch_weights(name, str(weights)), f"{name} {weights}"
+
+
+def load_fitting(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    complaint: str,
+    may_lack: tuple[str, ...] = (),
+) -> None:
+    """Loads what `module` has out of `state`, and leaves the rest of `state` alone.
+
+    Raises:
+        InputError: `complaint`, and how many parameters are missing (but for those that begin with
+            one of `may_lack`) or have another shape.
+    """
+    wanted = module.state_dict()
+    optional = (*may_lack, *(key for key in wanted if key.endswith("num_batches_tracked")))
+    missing = [key for key in wanted if key not in state and not key.startswith(optional)]
+    unfit = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if missing or unfit:
+        raise InputError(
+            f"{complaint}: {len(missing)} of {len(wanted)} parameters are missing and "
+            f"{len(unfit)} have another shape (first: {(missing + unfit)[0]})"
+        )
+    module.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

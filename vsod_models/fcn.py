@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .backbones import build_network, fetch_weights, read_weights
+from .backbones import build_network, find_weights, load_fitting
 from .errors import InputError
 
 VGG_NAMES = ("vgg16", "vgg16_bn")
@@ -45,30 +45,17 @@ class FCN(nn.Module):
         Raises:
             InputError: unknown name, no connection, or a file that does not fit the network.
         """
-        path = Path(weights)
-        if path.suffix in (".pth", ".pt", ".safetensors"):
-            state, source = read_weights(path), str(path)
-        else:
-            state, source = fetch_weights(self.name, str(weights)), f"{self.name} {weights}"
-        everything = self.state_dict()
-        wanted = {key: x for key, x in everything.items() if key.startswith("features.")}
-        taken = {key: x.float() for key, x in self.from_torchvision(state).items()}
-        first, own = taken.get(self.first_weight), wanted[self.first_weight]
+        state, source = find_weights(self.name, weights)
+        taken = self.from_torchvision(state)
+        first, own = taken.get(self.first_weight), self.get_parameter(self.first_weight).detach()
         if first is not None and own.shape[1] == 4 and first.shape[1] == 3:
             taken[self.first_weight] = torch.cat([first, own[:, 3:]], 1) if keep_rgb else own
-        missing = [key for key in wanted if key not in taken and "num_batches" not in key]
-        unfit = [key for key, x in taken.items() if x.shape != everything[key].shape]
-        if missing or unfit:
-            raise InputError(
-                f"{source}: not weights of this {self.name}: {len(missing)} of {len(wanted)} "
-                f"parameters are missing and {len(unfit)} have another shape "
-                f"(first: {(missing + unfit)[0]})"
-            )
-        self.load_state_dict(taken, strict=False)
+        complaint = f"{source}: not weights of this {self.name}"
+        load_fitting(self, taken, complaint, may_lack=("fc6.", "fc7."))
 
     def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this network takes from torchvision's state dict, under its own names."""
-        return {key: x for key, x in state.items() if key in self.state_dict()}
+        """torchvision's state dict with more of it under the names of this network."""
+        return dict(state)
 
 
 class LargeFOV(FCN):
@@ -100,7 +87,8 @@ class LargeFOV(FCN):
     ):
         super().__init__()
         self.name, self.output_stride = name, output_stride
-        features = build_network(name, width, {}).features[:-1]  # type: ignore[union-attr,index]
+        network = build_network(name, width, {"init_weights": False})  # done below
+        features = network.features[:-1]  # type: ignore[union-attr,index]
         assert isinstance(features, nn.Sequential)
         dilation, pools = 16 // output_stride, 0
         for i, layer in enumerate(features):

@@ -441,7 +441,7 @@ def stamp(frames: Sequence[Record]) -> str:
             facts = (str(record.image.resolve()), status.st_size, status.st_mtime_ns)
             digest.update(repr(facts).encode())
     if not isinstance(frames[0].image, Path):  # pictures made when read: the first stands for all
-        digest.update(frames[0].read_image().tobytes() + bytes([len(frames) % 256]))
+        digest.update(frames[0].read_image().tobytes() + str(len(frames)).encode())
     return digest.hexdigest()[:12]
 
 
@@ -505,9 +505,7 @@ def train_prior(
         "loss" and, of a model that always says the mean, "loss of the mean"; "regions", "frames".
     """
     samples = list(region_samples(model, records, frames, on_frame=on_step))
-    features, target, area = (
-        torch.cat([sample[i].cpu().clone() for sample in samples]) for i in range(3)
-    )
+    features, target, area = (torch.cat([sample[i].cpu() for sample in samples]) for i in range(3))
     salient = ((target * area).sum() / area.sum()).clamp(0.01, 0.99)
     weight = area * (target / salient + (1 - target) / (1 - salient))
     # a soft target with one weight for each class: the balanced target is what both give together
