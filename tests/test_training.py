@@ -24,7 +24,7 @@ from vsod_models.cli import app, main
 from vsod_models.errors import InputError
 from vsod_models.files import whole_file, whole_folder
 from vsod_models.pretrained import load_model
-from vsod_models.training import Config, SampleNumbers, make_dataset, read_config, train
+from vsod_models.training import Config, SampleNumbers, make_dataset, make_model, read_config, train
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -189,7 +189,8 @@ def test_the_mix_keeps_to_its_shares_and_sizes(recipe):
         "data.sizes=[[32, 32], [16, 48]]",
         "out=unused",
     ]
-    mix = make_dataset(read_config(recipe, changes))
+    config = read_config(recipe, changes)
+    mix = make_dataset(config, make_model(config))
     draws = [np.random.default_rng((0, n)).random() for n in range(400)]
     assert abs(np.mean(np.searchsorted(mix.bounds, draws, side="right") == 0) - 0.75) < 0.05
     shapes = [tuple(mix[n]["frames"].shape[-2:]) for n in range(6)]

@@ -7,8 +7,10 @@ was killed and resumed sees what it would have seen, and so do two devices that 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +31,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import open_dataset
+from .coarse_labels import with_coarse_labels
+from .data import Records, open_dataset
 from .data.clips import ClipDataset
 from .data.transforms import Augmentation
 from .errors import InputError
 from .files import whole_file
-from .losses import mssa_loss
-from .pretrained import PretrainedModel, build_model, load_model
+from .losses import mssa_loss, msst_loss
+from .motion_prior import frame_prior, load_prior, make_priors
+from .msst import MSST
+from .pretrained import PretrainedModel, build_model, load_model, load_state
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Source:
     dataset: str = "???"
     split: str = "train"
     share: float = 1.0  # of the samples, relative to the other sources
+    labels: str | None = None  # folder of `vsod label coarse`, laid over the ground truth
     options: dict[str, Any] = field(default_factory=dict)  # of the reader
 
 
@@ -61,13 +67,16 @@ class DataConfig:
     augment: bool = True
     augmentation: Augmentation = field(default_factory=Augmentation)
     label_weights: dict[str, float] = field(default_factory=dict)  # fine, coarse; default 1
+    prior: str = "flow-magnitude"  # motion prior of MSST: this, or a folder of `vsod prior train`
+    prior_cache: str | None = None  # where priors are kept; default: the user's cache folder
     cache: bool = False  # keep the resized frames in memory, in each worker
     workers: int = 2
 
 
 @dataclass
 class LossConfig:
-    positive_weight: str = "paper"  # or "balanced"
+    positive_weight: str = "paper"  # of MSSA; or "balanced"
+    beta: float = 0.1  # of MSST: weight of the loss of O^T
 
 
 @dataclass
@@ -204,18 +213,26 @@ class Task(lightning.LightningModule):
         self.config = config
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        logits = self.model(batch["frames"])
-        weight = batch["valid"] * batch["weight"]
-        loss = mssa_loss(logits, batch["masks"], weight, self.config.loss.positive_weight)
+        options = self.config.loss
+        masks, weight = batch["masks"], batch["valid"] * batch["weight"]
+        if self.model.outputs == "last":
+            masks, weight = masks[:, -1], weight[:, -1]
+            prior = batch["prior"] if self.model.needs_prior else None
+            logits, auxiliary = self.model(batch["frames"], prior)
+            loss = msst_loss(logits, auxiliary, masks, weight, options.beta)
+        else:
+            logits = self.model(batch["frames"])
+            loss = mssa_loss(logits, masks, weight, options.positive_weight)
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss is not finite at iteration {self.global_step}: a lower "
                 "optimizer.learning_rate or precision=32-true may help; the last checkpoint is kept"
             )
-        self.log("loss", loss, batch_size=len(logits))
+        known = (weight > 0).float()
         with torch.no_grad():
-            error = (logits.float().sigmoid() - batch["masks"]).abs().mean((-3, -2, -1))
-            self.log("MAE", (error * batch["valid"]).sum() / batch["valid"].sum().clamp(min=1))
+            error = (logits.float().sigmoid() - masks).abs().mean((-3, -2, -1))
+            self.log("MAE", (error * known).sum() / known.sum().clamp(min=1))
+        self.log("loss", loss.detach())
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -303,6 +320,7 @@ class Validation(Callback):
         source = config.data.validation
         assert source is not None
         self.records = open_source(config.data, source)
+        self.prior = functools.partial(frame_prior, load_prior(config.data.prior))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, task: Any) -> None:
         every = self.config.validate_every
@@ -310,7 +328,7 @@ class Validation(Callback):
         if not (done % every < self.config.checkpoint_every or done >= self.config.iterations):
             return
         if trainer.is_global_zero:
-            scores, pictures = validate(task.model, self.records)
+            scores, pictures = validate(task.model, self.records, self.prior)
             writer = trainer.loggers[0].experiment  # type: ignore[attr-defined]
             for name, value in scores.items():
                 writer.add_scalar(f"validation/{name}", value, done)
@@ -322,7 +340,9 @@ class Validation(Callback):
 
 
 def validate(
-    model: PretrainedModel, records: Any
+    model: PretrainedModel,
+    records: Records,
+    prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Scores over all sequences, and the middle frame of the first three beside its mask."""
     from .evaluation import SaliencyEvaluator
@@ -331,7 +351,8 @@ def validate(
     training = model.training
     evaluator = SaliencyEvaluator(protocol="davsod")
     pictures: dict[str, np.ndarray] = {}
-    predictor = VideoPredictor(model, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    predictor = VideoPredictor(model, device, prior=prior)
     try:
         for name, frames in records.sequences.items():
             images = [record.read_image() for record in frames]
@@ -349,17 +370,19 @@ def validate(
     return evaluator.result().overall, pictures
 
 
-def open_source(data: DataConfig, source: Source) -> Any:
+def open_source(data: DataConfig, source: Source) -> Records:
     """The records of one source, from the folder that `data.roots` names for its dataset."""
     root = data.roots.get(source.dataset)
     if root is None and source.dataset != "synthetic":
         raise InputError(
             f"dataset {source.dataset}: say where it lies with data.roots.{source.dataset}=DIR"
         )
-    return open_dataset(source.dataset, root and Path(root), source.split, **source.options)
+    records = open_dataset(source.dataset, root, source.split, **source.options)
+    return records if source.labels is None else with_coarse_labels(records, source.labels)
 
 
-def make_dataset(config: Config) -> Mix:
+def make_dataset(config: Config, model: PretrainedModel) -> Mix:
+    """The training mix, with motion priors where the model needs them (made on first use)."""
     data = config.data
     if not data.train:
         raise InputError("data.train is empty: at least one dataset is needed")
@@ -367,6 +390,12 @@ def make_dataset(config: Config) -> Mix:
     if data.sampling not in ("adjacent", "random"):
         raise InputError(f'data.sampling must be "adjacent" or "random", got {data.sampling!r}')
     sources = [open_source(data, source) for source in data.train]
+    if model.needs_prior:
+        prior = load_prior(data.prior)
+        with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
+            row = bar.add_task("motion priors", total=sum(len(records) for records in sources))
+            step = functools.partial(bar.advance, row)
+            sources = [make_priors(r, prior, data.prior_cache, on_frame=step) for r in sources]
     parts = [
         [
             ClipDataset(
@@ -378,6 +407,7 @@ def make_dataset(config: Config) -> Mix:
                 seed=config.seed,
                 label_weights=data.label_weights,
                 cache=data.cache,
+                anchor="last" if model.outputs == "last" else "any",
             )
             for records in sources
         ]
@@ -393,9 +423,11 @@ def make_model(config: Config) -> PretrainedModel:
     arguments = dict(config.model)
     model = build_model(str(arguments.pop("name", "mssa")), arguments, "recipe")
     if config.initial is not None:
-        from .pretrained import load_state
-
-        load_state(model, load_model(config.initial).state_dict(), config.initial)
+        initial = load_model(config.initial).state_dict()
+        if isinstance(model, MSST):
+            model.load_stage(initial, config.initial)
+        else:
+            load_state(model, initial, config.initial)
     elif config.backbone_weights is not None:
         model.load_backbone(config.backbone_weights)
     return model
@@ -429,8 +461,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
             'loss.positive_weight must be "paper" or "balanced", '
             f"got {config.loss.positive_weight!r}"
         )
-    dataset = make_dataset(config)
     model = make_model(config)
+    dataset = make_dataset(config, model)
     task = Task(model, config)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # it is the run folder

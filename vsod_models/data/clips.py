@@ -36,8 +36,9 @@ class ClipDataset(Dataset[Sample]):
     Each run over `count` samples (`count`: frames with ground truth) visits each of them once, in
     an order of its own, at a random place of its clip.  The other frames of the clip are
     neighbours at a stride drawn from `strides` (low, high), or with strides="random" any frames
-    of the sequence, in order.  Sequences that are too short go forth and back; a sequence of one
-    frame is a still image, repeated under a drifting camera when there is augmentation.
+    of the sequence, in order.  With anchor="last" the frame with ground truth is the last one of
+    its clip.  Sequences that are too short go forth and back; a sequence of one frame is a still
+    image, repeated under a drifting camera when there is augmentation.
 
     cache=True keeps the frames, resized to 8/7 of `size`, in memory: 0.26 MB a frame at 224x224,
     in each worker process.
@@ -55,6 +56,7 @@ class ClipDataset(Dataset[Sample]):
         length: int | None = None,
         label_weights: Mapping[str, float] | None = None,
         cache: bool = False,
+        anchor: Literal["any", "last"] = "any",
     ):
         if clip_length < 1:
             raise InputError(f"clip_length is {clip_length}; it has to be at least 1")
@@ -65,6 +67,7 @@ class ClipDataset(Dataset[Sample]):
         self.strides = strides
         self.size = (int(size[0]), int(size[1]))
         self.augment = augment
+        self.anchor = anchor
         self.seed = seed
         self.label_weights = {"fine": 1.0, "coarse": 1.0} | dict(label_weights or {})
         without = [f"{r.sequence}/{r.name}" for r in records if r.prior is None]
@@ -130,11 +133,12 @@ class ClipDataset(Dataset[Sample]):
         s, t = self.anchors[order(self.seed, index // count, count)[index % count]].tolist()
         sequence, length = self.sequences[s], self.clip_length
         if self.strides == "random":
-            others = np.delete(np.arange(len(sequence)), t)
+            last = t + 1 if self.anchor == "last" else len(sequence)
+            others = np.delete(np.arange(last), t)
             more = length - 1 - len(others)
             picked = rng.permutation(others)[: length - 1]
             if more > 0:
-                picked = np.concatenate([picked, rng.integers(len(sequence), size=more)])
+                picked = np.concatenate([picked, rng.integers(last, size=more)])
             return [sequence[int(u)] for u in np.sort(np.append(picked, t))]
         stride = int(rng.integers(self.strides[0], self.strides[1] + 1))
         # Inside the sequence where it is long enough: the anchor's place follows from its ends.
@@ -142,6 +146,8 @@ class ClipDataset(Dataset[Sample]):
         low = max(0, length - 1 - (len(sequence) - 1 - t) // stride)
         high = min(length - 1, t // stride)
         place = int(rng.integers(low, high + 1)) if low <= high else int(rng.integers(length))
+        if self.anchor == "last":
+            place = length - 1
         first = t - place * stride
         return [sequence[reflected(first + j * stride, len(sequence))] for j in range(length)]
 
