@@ -245,3 +245,14 @@ def test_data_that_cannot_be_trained_on():
     )
     with pytest.raises(InputError, match="the mask is 64x64, its frame 48x32"):
         ClipDataset(records, 1, size=SIZE)[0]
+
+
+@pytest.mark.parametrize("strides", [(1, 3), "random"])
+def test_clips_that_end_at_their_label(strides):
+    records = numbered([9, 2, 1], annotated=lambda s, t: t % 2 == 0)
+    dataset = ClipDataset(records, 4, strides=strides, size=SIZE, anchor="last")
+    for i in range(30):
+        sample = dataset[i]
+        assert sample["valid"][-1] == 1
+        frames = [t for _, t in shown(sample)]
+        assert frames[-1] == max(frames) or len(set(frames)) <= 2 or strides != "random"

@@ -422,6 +422,29 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     assert files(tmp_path) == ["in.mp4", "out.mp4"]
 
 
+def test_a_dataset_for_evaluation(vsod, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    with pytest.raises(SystemExit):
+        options = "--clips 1 --val-clips 2 --frames 3 --height 32 --width 40"
+        cli.main(["data", "synthetic", str(data), *options.split()])
+    arguments = ("--dataset", "davis16", "--data", data, "-o", out)
+    code, printed, _ = vsod(*arguments)
+    assert code == 0 and "6 frames of 2 sequences, mask" in printed
+    masks = sorted(path.relative_to(out) for path in out.rglob("*.png"))
+    assert len(masks) == 6 and masks[0].name == "00000.png"
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["eval", "--pred", str(out), "--data", str(data), "--dataset", "davis16"])
+    assert exit.value.code == 0
+    for path in (out / masks[0]).parent.iterdir():
+        path.unlink()
+    (out / masks[0]).parent.rmdir()
+    assert "3 frames of" in vsod(*arguments)[1]  # the other sequence is kept
+    code, _, error = vsod("in.mp4", *arguments)
+    assert code == 2 and "or --dataset" in error
+    code, _, error = vsod("-o", out)
+    assert code == 2 and "give an input" in error
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_length(tmp_path):
     torch.set_num_threads(1)

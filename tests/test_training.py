@@ -171,6 +171,37 @@ def test_a_checkpoint_is_a_model_and_a_start(recipe, tmp_path):
         train(read_config(recipe, [*other, f"out={tmp_path}/third", "model.dim=32"]))
 
 
+def test_the_three_stages_of_msst(tmp_path):
+    """os -> st -> full, each from the one before, with priors made and coarse labels mixed in."""
+    from vsod_models.cli import app
+    from vsod_models.coarse_labels import make_labels
+    from vsod_models.data import open_dataset
+
+    data = tmp_path / "data"
+    options = ["--clips", "3", "--val-clips", "1", "--frames", "4", "--height", "40"]
+    arguments = ["data", "synthetic", str(data), *options, "--width", "48"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    records = open_dataset("folder", data, "train")
+    make_labels(records.of_sequences(list(records.sequences)[:1]), tmp_path / "labels")
+    small = [
+        "model.backbone=mobilenet_v2", "model.width=0.25", "model.image_size=[48, 48]",
+        "backbone_weights=null", "data.workers=0", "data.sizes=[[33, 33], [48, 48]]",
+        f"data.train=[{{dataset: folder, labels: {tmp_path}/labels}}]",
+        "data.label_weights.coarse=0.5", "data.validation.dataset=folder",
+        f"data.roots.folder={data}", f"data.prior_cache={tmp_path}/priors",
+        "iterations=2", "batch_size=2", "checkpoint_every=2", "validate_every=2", "accelerator=cpu",
+    ]  # fmt: skip
+    for stage, before in (("os", None), ("st", "os"), ("full", "st")):
+        changes = [*small, f"out={tmp_path}/{stage}"]
+        changes.append(f"initial={tmp_path}/{before}/model" if before else "initial=null")
+        train(read_config(ROOT / "recipes" / f"msst-{stage}.yaml", changes))
+    full, os_stage = weights(tmp_path / "full"), weights(tmp_path / "os")
+    assert any(name.startswith("lstm.") for name in full)
+    assert set(os_stage) < set(full)
+    assert len(list((tmp_path / "priors").rglob("*.png"))) == 12
+    assert load_model(tmp_path / "full" / "model").configuration == "full"
+
+
 def test_samples_are_numbers():
     config = Config(out="", iterations=10, checkpoint_every=4, batch_size=3)
     one = list(SampleNumbers(config, 0, 1, lambda: 0))

@@ -389,12 +389,17 @@ def describe(error: Exception) -> str:
 
 @app.command()
 def predict(
-    inputs: Annotated[
-        list[str], typer.Argument(help="A video, a folder of frames, a picture or a glob.")
-    ],
     output: Annotated[
         str, typer.Option("--output", "-o", help=".mp4 .mov .webm .gif .png or a folder for PNG.")
     ],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="A video, a folder of frames, a picture or a glob.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Instead of an input: a dataset, for `vsod eval`.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     model: Annotated[
         str, typer.Option(help="A shipped model, a folder of save_pretrained or a checkpoint.")
     ] = "mssa-tiny",
@@ -419,9 +424,19 @@ def predict(
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
     from . import prediction, pretrained, video
 
-    source = video.open_source(inputs, rate)
-    view = prediction.check_view(view, output)
-    video.check_output(Path(output), source, overwrite)  # before the model is loaded
+    if (dataset is None) == (not inputs):
+        raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")
+    if dataset is not None:
+        from .data import open_dataset
+
+        records = open_dataset(dataset, data, split)
+        if Path(output).suffix:
+            raise InputError(f"{output}: the masks of a dataset go into a folder")
+        view = prediction.check_view(view or "mask", output)
+    else:
+        source = video.open_source(inputs or [], rate)
+        view = prediction.check_view(view, output)
+        video.check_output(Path(output), source, overwrite)  # before the model is loaded
     colour = prediction.parse_colour(background)
     loaded = pretrained.load_model(model)
     if not hasattr(loaded, "clip_length"):
@@ -443,6 +458,13 @@ def predict(
         name=Path(model).name,
     )
     print(predictor.describe(), flush=True)
+    if dataset is not None:
+        with prediction.progress_bar(len(records)) as progress:
+            frames = prediction.predict_dataset(
+                predictor, records, output, view=view, overwrite=overwrite, progress=progress
+            )
+        print(f"{output}: {frames} frames of {len(records.sequences)} sequences, {view}")
+        return
     try:
         with prediction.progress_bar(source.frames) as progress:
             written = prediction.predict_file(

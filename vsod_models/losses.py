@@ -46,7 +46,7 @@ def soft_iou(logits: Tensor, mask: Tensor) -> Tensor:
 def mssa_loss(
     logits: Tensor,
     mask: Tensor,
-    valid: Tensor | None = None,
+    weight: Tensor | None = None,
     positive_weight: str = "paper",
 ) -> Tensor:
     """Weighted BCE + IoU, averaged over the frames that have ground truth.
@@ -54,10 +54,13 @@ def mssa_loss(
     Args:
         logits: (B, T, 1, H, W).
         mask: the same shape, 0 or 1.
-        valid: (B, T) weight of each frame, 0 where it has no ground truth; None: all 1.
+        weight: (B, T) of each frame, 0 where it has no ground truth; None: all 1.  It scales the
+            loss of its frame: the mean is over all frames whose weight is not 0.
     """
     loss = (weighted_bce(logits, mask, positive_weight) + soft_iou(logits, mask)).squeeze(-1)
-    return loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1e-6)
+    if weight is None:
+        return loss.mean()
+    return (loss * weight).sum() / (weight != 0).sum().clamp(min=1)
 
 
 # ---- MSST-ConvLSTM

@@ -25,6 +25,7 @@ import vsod_ops
 from vsod_ops import backends
 from vsod_ops.doctor import OPS
 
+from .data.records import Record, Records
 from .errors import InputError
 from .video import Frame, PathLike, Source, ahead, open_source, open_writer
 
@@ -442,6 +443,55 @@ def predict_file(
         except KeyboardInterrupt:
             pass  # all was written: there is nothing to stop
     return Written(done, stopped, tuple(writer.notes))
+
+
+class Recorded:
+    """The frames of one sequence of a dataset, as a source."""
+
+    sound: Path | None = None
+    pixel_aspect = Fraction(1)
+    rate = Fraction(25)
+    time_base = 1 / Fraction(25)
+
+    def __init__(self, records: Sequence[Record]):
+        self.records, self.name = list(records), records[0].sequence
+        self.files = [record.image for record in records if isinstance(record.image, Path)]
+        self.frames: int | None = len(records)
+
+    def __iter__(self) -> Iterator[Frame]:
+        for index, record in enumerate(self.records):
+            yield Frame(record.read_image(), index, record.name, index, self.time_base, 1)
+
+
+def predict_dataset(
+    predictor: VideoPredictor,
+    records: Records,
+    output: PathLike,
+    *,
+    view: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda frames: None,
+) -> int:
+    """Every sequence of a dataset into `<output>/<sequence>/<frame>.png`, for `vsod eval`.
+
+    Sequences that are whole already are kept, unless `overwrite`; so a run that was stopped goes
+    on.  Returns the number of frames written.
+    """
+    done = written = 0
+    for sequence, frames in records.sequences.items():
+        folder = Path(output) / sequence
+        source = Recorded(frames)
+        if overwrite or not folder.is_dir():
+            with open_writer(folder, source, overwrite=overwrite) as writer:
+                for result in predictor.stream(source):
+                    picture = VIEWS[view or "mask"](result.frame, result.saliency, (255, 255, 255))
+                    writer.write(picture, result.source)
+                    written += 1
+                    progress(done + written)
+                writer.close()
+        else:
+            done += len(frames)
+    return written
 
 
 def check_view(view: str | None, output: PathLike) -> str:
