@@ -179,8 +179,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const std::vector<int64_t> image{b, m, height, width};
   Tensor dc = gradient(true, image, state, &p.dc_of[0]);
   Tensor dc_odd = gradient(t > 1, image, state, &p.dc_of[1]);
-  Tensor dh_even = gradient(t > 2, image, state, &p.dh_of[0]);
   Tensor dh_odd = gradient(t > 1, image, state, &p.dh_of[1]);
+  // dx of step 0 is written last: until then dh of even steps lives there.
+  const bool in_dx = p.dx && p.channels >= m && type == state;
+  Tensor dh_even = gradient(t > 2 && !in_dx, image, state, &p.dh_of[0]);
+  p.dh_batch[0] = p.dh_batch[1] = m * height * width;
+  if (in_dx) p.dh_of[0] = p.dx, p.dh_batch[0] = dx.stride(0);
   p.grad_c = data_of(grad_c);
   Tensor dweight_ih = gradient(needs[3], {4 * m, p.channels, k, k}, state, &p.dweight_ih);
   Tensor dweight_hh = gradient(needs[4], {4 * m, m, k, k}, state, &p.dweight_hh);

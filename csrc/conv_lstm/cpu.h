@@ -25,8 +25,9 @@ struct Problem {
   // Backward only.  A null gradient is not needed.
   Frames grad_out;
   const void* grad_c;        // (B, M, H, W) S; null: zeros
-  void *dc_of[2], *dh_of[2]; // (B, M, H, W) S: gradients of c_t and h_t, even and odd t; dc_of[0]
-                             // ends as that of c; dh_of only where T > 1
+  void* dc_of[2];            // (B, M, H, W) S: gradients of c_t, even and odd t; [0] ends as dc
+  void* dh_of[2];            // the same of h_t, t > 0; a batch is dh_batch elements
+  int64_t dh_batch[2];
   void *dx, *dh;             // N
   void *dweight_ih, *dweight_hh, *dbias, *dpeephole;  // S; a full dpeephole starts as zeros
   int64_t groups;            // shares of the tiles whose weight gradients are summed apart

@@ -11,13 +11,18 @@
 //                  over all planes and taps.  Forward, the 4 outputs are i, f, g, o of one
 //                  channel, so the gate arithmetic follows at once and gates reach memory only
 //                  where the backward wants them.
-//     backward     step t, from the last: dh_{t-1} and dx_t are convolutions of the gate gradients
-//                  of step t with the flipped weights, so the pass that packs dgates[t + 1] makes
-//                  dx[t + 1], dh[t], then dgates[t] and dc.  dgates of two steps exist, no more.
+//     3 x 3        Winograd's F(2, 3) along the height (Layout): a third fewer products, for the
+//                  convolutions and for the weight gradients.  Along the width lie the lanes.
+//     backward     step t, from the last, one pass.  A task is a strip of rows, taken in bands.
+//                  The gate gradients of a band, and of the rows around it that the kernel
+//                  reaches, are made from the saved state into a window in scratch, out of which come
+//                  dh_{t-1}, dx_t and the weight gradients.  So from step to step only the images
+//                  dh and dc pass, and no gate gradient reaches memory; the price is that those
+//                  of the rows between two strips are made twice.
 //     weights      dW[g, plane, tap] = sum over pixels of dgates[g] * plane shifted by the tap:
 //                  weight_block, rows are planes (broadcast), lanes are gates, the depth is the
-//                  pixels of the tile, whose dgates are transposed for it while they are hot.
-// Tiles are dealt to a fixed number of groups; each sums its own dW in order, and the groups are
+//                  pixels of the band, whose gate gradients are transposed for it.
+// Strips are dealt to a fixed number of groups; each sums its own dW in order, and the groups are
 // added in order, so the bits do not depend on the threads.
 
 #include "cpu.h"
@@ -348,22 +353,28 @@ struct Layout {
     for (int64_t unit = 0; unit < units(rows); ++unit) {
       const S* d = plain + row(unit, 0) * pitch;
       S* to = parts_of + unit * parts * pitch;
-      for (int64_t x = reach; x < pitch + reach; x += kN) {
-        Vec<S> d0 = load(d + x), d1 = load(d + dilation * pitch + x);
-        Vec<S> d2 = load(d + 2 * dilation * pitch + x), d3 = load(d + 3 * dilation * pitch + x);
-        if (kClamp) d0 = finite(d0), d1 = finite(d1), d2 = finite(d2), d3 = finite(d3);
-        store(to + x, d0 - d2);
-        store(to + pitch + x, d1 + d2);
-        store(to + 2 * pitch + x, d2 - d1);
-        store(to + 3 * pitch + x, d3 - d1);
+      for (int64_t x = margin; x < pitch; x += kN) split_at<kClamp, Vec<S>>(d + x, to + x);
+      for (int64_t x = 0; x < reach; ++x) {
+        split_at<kClamp, S>(d + margin - reach + x, to + margin - reach + x);
+        split_at<kClamp, S>(d + pitch + x, to + pitch + x);
       }
     }
   }
-  // Infinities as huge numbers, which saturate the gates as well and cancel between the parts.
-  static VSOD_INLINE Vec<S> finite(Vec<S> x) {
-    const S most = sizeof(S) == 4 ? S(1e30) : S(1e300);
-    x = x > most ? broadcast(most) : x;
-    return x < -most ? broadcast(-most) : x;
+  // A vector or a number.  Infinities become huge numbers, which saturate the gates as well, but
+  // do not turn to NaN where parts cancel.
+  template <bool kClamp, class V>
+  VSOD_INLINE void split_at(const S* from, S* to) const {
+    constexpr S kMost = sizeof(S) == 4 ? S(1e30) : S(1e300);
+    V d[4];
+    for (int i = 0; i < 4; ++i) {
+      memcpy(&d[i], from + i * dilation * pitch, sizeof(V));
+      if (kClamp) {
+        d[i] = kMost < d[i] ? kMost - V{} : d[i];
+        d[i] = -kMost > d[i] ? -kMost - V{} : d[i];
+      }
+    }
+    const V split[4] = {d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]};
+    for (int i = 0; i < 4; ++i) memcpy(to + i * pitch, &split[i], sizeof(V));
   }
 
   // The weight of a part's tap, made of the weights tap(0), tap(1) .. of the kernel.
@@ -495,9 +506,9 @@ struct Common {
   }
 
   // x_t and h_{t-1}, packed; returns how many planes.  `plain` is room for one plane.
-  template <bool kClamp>
+  // for_gates: infinities are clamped.
   int64_t pack_inputs(const Layout<S>& layout, const Tile& tile, int64_t t, int64_t plane,
-                      S* plain, S* dst) const {
+                      bool for_gates, S* plain, S* dst) const {
     const N* x = static_cast<const N*>(p.x.data) + tile.b * p.x.b + t * p.x.t;
     const int64_t planes = p.channels + (hidden_plane(t, tile.b, 0) ? p.hidden : 0);
     for (int64_t i = 0; i < planes; ++i, dst += plane) {
@@ -506,7 +517,11 @@ struct Common {
         pack_plane(p, layout, tile, x + i * p.x.c, p.x.y, p.x.x, to);
       else
         pack_plane(p, layout, tile, hidden_plane(t, tile.b, i - p.channels), p.width, 1, to);
-      if (layout.paired) layout.template split<kClamp>(plain, tile.rows, dst);
+      if (!layout.paired) continue;
+      if (for_gates && (i < p.channels || t == 0))  // no other h is infinite
+        layout.template split<true>(plain, tile.rows, dst);
+      else
+        layout.template split<false>(plain, tile.rows, dst);
     }
     return planes;
   }
@@ -535,7 +550,8 @@ struct Common {
   }
   // Peephole weight of row i, f or o (0, 1, 2) at one vector of pixels.
   VSOD_INLINE Vec<S> peephole(int row, int64_t m, int64_t pixel, int64_t count) const {
-    const N* weights = static_cast<const N*>(p.peephole) + row * p.hidden * (p.full_peephole ? pixels : 1);
+    const N* weights =
+        static_cast<const N*>(p.peephole) + row * p.hidden * (p.full_peephole ? pixels : 1);
     if (!p.full_peephole) return broadcast<S>(widen(weights[m]));
     return load_first<S>(weights + m * pixels + pixel, count);
   }
@@ -559,8 +575,8 @@ Tiling forward_tiling(const Problem& p) {
     const auto bytes = [&](int64_t rows) {
       return (planes * layout.plane(rows) + layout.plain_plane(rows)) * int64_t(sizeof(S));
     };
-    const int64_t enough = round_up(smaller(p.height, 8 + (layout.paired ? 0 : 2 * layout.reach)), step);
     const int64_t all = round_up(p.height, step);
+    const int64_t enough = smaller(all, round_up(8 + (layout.paired ? 0 : 2 * layout.reach), step));
     int64_t rows = step;
     while (rows < all && bytes(rows + step) <= kTileBytes) rows += step;
     tiling.down = ceil_div(p.height, rows);
@@ -598,7 +614,7 @@ struct Forward : Common<S, N> {
     S* packed = scratch.piece<S>(counts[0]);
     S* plain = scratch.piece<S>(counts[1]);
     S* sums = scratch.piece<S>(counts[2]);
-    const int64_t planes = this->template pack_inputs<true>(layout, tile, t, plane, plain, packed);
+    const int64_t planes = this->pack_inputs(layout, tile, t, plane, true, plain, packed);
     const Blocks blocks(ceil_div(tile.columns, kN));
     const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
@@ -737,7 +753,7 @@ Strips backward_strips(const Problem& p) {
     strips.columns = smaller(p.width, tiling.columns + 2 * strips.halo);
     const Layout<S> layout(p, strips.columns);
     const int64_t step = layout.row_step(), all = round_up(p.height, step);
-    const int64_t enough = smaller(all, layout.paired ? step : round_up(2 * layout.reach + 2, step));
+    const int64_t enough = smaller(all, layout.paired ? step : 2 * layout.reach + 2);
     const auto fits = [&](int64_t band) {
       strips.band = band;
       const Pieces needs = pieces(p, layout, strips);
@@ -809,6 +825,10 @@ struct Backward : Common<S, N> {
     }
   }
 
+  S* dh_plane(int64_t step, int64_t b, int64_t m) const {
+    return static_cast<S*>(p.dh_of[step & 1]) + b * p.dh_batch[step & 1] + m * this->pixels;
+  }
+
   struct Places {
     S *inputs, *window, *split, *plain, *transposed, *sums, *peephole_sums;
   };
@@ -871,7 +891,7 @@ struct Backward : Common<S, N> {
     if (first_row >= end_row) return;
     int64_t planes = 0;
     if (!p.gates)
-      planes = this->template pack_inputs<true>(layout, wide, t, plane, at.plain, at.inputs);
+      planes = this->pack_inputs(layout, wide, t, plane, true, at.plain, at.inputs);
     const Blocks blocks(ceil_div(wide.columns, kN));
     const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
@@ -913,7 +933,7 @@ struct Backward : Common<S, N> {
     const S* after = this->cell_plane(t + 1, b, m);
     const int64_t state = (b * p.hidden + m) * this->pixels;
     const bool last = t == p.steps - 1;
-    const S* dh_after = last ? nullptr : static_cast<const S*>(p.dh_of[(t + 1) & 1]) + state;
+    const S* dh_after = last ? nullptr : dh_plane(t + 1, b, m);
     const S* dc_after = static_cast<const S*>(last ? p.grad_c : p.dc_of[(t + 1) & 1]);
     if (dc_after) dc_after += state;
     S* dc_before = static_cast<S*>(p.dc_of[t & 1]) + state;
@@ -1033,15 +1053,15 @@ struct Backward : Common<S, N> {
             for (int64_t j = 0; j < outputs; ++j) {
               const S* sums = at.sums + r * kRow + j * kMaxVectors * kN;
               const int64_t m = first_output + j;
-              const int64_t state = (band.b * p.hidden + m) * this->pixels + pixel;
               if (!of_h)
                 write(static_cast<N*>(p.dx) +
                           ((band.b * p.steps + t) * p.channels + m) * this->pixels + pixel,
                       sums, vectors, count);
               else if (t > 0)
-                write(static_cast<S*>(p.dh_of[t & 1]) + state, sums, vectors, count);
+                write(dh_plane(t, band.b, m) + pixel, sums, vectors, count);
               else
-                write(static_cast<N*>(p.dh) + state, sums, vectors, count);
+                write(static_cast<N*>(p.dh) + (band.b * p.hidden + m) * this->pixels + pixel, sums,
+                      vectors, count);
             }
           }
         }
@@ -1059,8 +1079,7 @@ struct Backward : Common<S, N> {
   // 3 with e1.
   void weight_gradients(const Tile& band, int64_t shift, const Places& at, S* group) const {
     const int64_t planes =
-        need_weights
-            ? this->template pack_inputs<false>(layout, band, t, plane, at.plain, at.inputs) : 0;
+        need_weights ? this->pack_inputs(layout, band, t, plane, false, at.plain, at.inputs) : 0;
     const int64_t units = layout.units(band.rows), columns = strips.tiling.columns;
     const int64_t depth_columns = smaller(band.columns, kDepthPixels);
     const int64_t depth_units = larger(1, kDepthPixels / band.columns);
@@ -1082,7 +1101,8 @@ struct Backward : Common<S, N> {
               for (int64_t tap = 0; tap < layout.taps; ++tap) {
                 const S* a = at.inputs + plane * this->plane + layout.at(unit, part) + x +
                              layout.offsets[tap];
-                S* sums = panel_sums + plane * sum_stride + (part * layout.taps + tap) * panel_lanes;
+                S* sums =
+                    panel_sums + plane * sum_stride + (part * layout.taps + tap) * panel_lanes;
                 if (panel_lanes == kN)
                   weight_rows<S, 1>(some, a, this->plane, b, kN, depth, sums, sum_stride);
                 else
