@@ -77,10 +77,13 @@ def rivals() -> dict[str, tuple[str, Callable[[], Rival]]]:
         "eager": ("eager cell", lambda: cell_loop),
         "compile": ("torch.compile of the loop", lambda: torch.compile(cell_loop, dynamic=False)),
         "pointwise": ("eager convolution, compiled gates", fused),
-        "pointwise-cl": ("same, channels-last", lambda: fused(**channels_last)),
+        "pointwise-cl": (
+            "eager convolution, channels-last, compiled gates", lambda: fused(**channels_last)
+        ),
         "hoisted": ("input convolution hoisted, compiled gates", lambda: fused(hoist=True)),
         "hoisted-cl": (
-            "same, channels-last", lambda: fused(hoist=True, **channels_last)
+            "input convolution hoisted, channels-last, compiled gates",
+            lambda: fused(hoist=True, **channels_last)
         ),
     }  # fmt: skip
 

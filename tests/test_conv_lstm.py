@@ -291,6 +291,18 @@ def test_opcheck_backward_op(backend, save):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_op_gives_each_gradient_the_dtype_of_its_tensor(backend, dtype):
+    inputs = lstm_inputs(1, 3, 2, 3, 5, 6, dtype, peephole="channel")
+    tensors = tuple(inputs.values())
+    kept = OP(*tensors, 1, SAVE_CELLS, backend)
+    grads = torch.ops.vsod_ops.conv_lstm_backward(
+        *(torch.ones_like(kept[0]), None, *tensors, *kept, 1, [True] * 7, backend)
+    )
+    assert [g.dtype for g in grads] == [x.dtype for x in tensors]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_gradients_that_are_needed(backend):
     inputs = small(torch.float64)
 

@@ -175,11 +175,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t k = p.kernel;
   Tensor dx = gradient(needs[0], {b, t, p.channels, height, width}, type, &p.dx);
   Tensor dh = gradient(needs[1] && h, {b, m, height, width}, type, &p.dh);
-  Tensor dc = gradient(true, {b, m, height, width}, state, &p.dc);
-  if (grad_c)
-    torch::stable::copy_(dc, *grad_c);
-  else
-    torch::stable::zero_(dc);
+  // Gradients of the state pass from step to step as images, of even and of odd steps.
+  const std::vector<int64_t> image{b, m, height, width};
+  Tensor dc = gradient(true, image, state, &p.dc_of[0]);
+  Tensor dc_odd = gradient(t > 1, image, state, &p.dc_of[1]);
+  Tensor dh_odd = gradient(t > 1, image, state, &p.dh_of[1]);
+  // dx of step 0 is written last: until then dh of even steps lives there.
+  const bool in_dx = p.dx && p.channels >= m && type == state;
+  Tensor dh_even = gradient(t > 2 && !in_dx, image, state, &p.dh_of[0]);
+  p.dh_batch[0] = p.dh_batch[1] = m * height * width;
+  if (in_dx) p.dh_of[0] = p.dx, p.dh_batch[0] = dx.stride(0);
+  p.grad_c = data_of(grad_c);
   Tensor dweight_ih = gradient(needs[3], {4 * m, p.channels, k, k}, state, &p.dweight_ih);
   Tensor dweight_hh = gradient(needs[4], {4 * m, m, k, k}, state, &p.dweight_hh);
   Tensor dbias = gradient(needs[5] && bias, {4 * m}, state, &p.dbias);
@@ -189,15 +195,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                               state, &p.dpeephole);
   if (p.dpeephole) torch::stable::zero_(dpeephole);
 
-  // Two tensors, not one of twice the size: large blocks are fresh pages at every call.
-  const int64_t dgates_elements = kernel.dgates_elements(p);
-  Tensor even = torch::stable::new_empty(x, {dgates_elements}, state);
-  Tensor odd = torch::stable::new_empty(x, {t > 1 ? dgates_elements : 0}, state);
   Tensor weights = torch::stable::new_empty(x, {p.gates ? 0 : kernel.forward_weights(p)}, state);
   Tensor back_weights = torch::stable::new_empty(x, {kernel.backward_weights(p)}, state);
   p.groups = kernel.groups(p);
   Tensor sums = torch::stable::new_zeros(x, {p.groups * kernel.group_sums(p)}, state);
-  p.dgates[0] = even.data_ptr(), p.dgates[1] = odd.data_ptr();
   p.weights = weights.data_ptr(), p.sums = sums.data_ptr();
   p.backward_weights = back_weights.data_ptr();
   kernel.backward(p, on_each_thread);

@@ -24,8 +24,10 @@ struct Problem {
 
   // Backward only.  A null gradient is not needed.
   Frames grad_out;
-  void* dc;                  // (B, M, H, W) S: in, the gradient of c_T; out, that of c
-  void* dgates[2];           // dgates_elements() S each: even and odd steps
+  const void* grad_c;        // (B, M, H, W) S; null: zeros
+  void* dc_of[2];            // (B, M, H, W) S: gradients of c_t, even and odd t; [0] ends as dc
+  void* dh_of[2];            // the same of h_t, t > 0; a batch is dh_batch elements
+  int64_t dh_batch[2];
   void *dx, *dh;             // N
   void *dweight_ih, *dweight_hh, *dbias, *dpeephole;  // S; a full dpeephole starts as zeros
   int64_t groups;            // shares of the tiles whose weight gradients are summed apart
@@ -39,7 +41,6 @@ using Parallel = void (*)(void (*body)(void* context), void* context);
 struct Kernel {
   int64_t (*forward_weights)(const Problem&);   // elements
   int64_t (*backward_weights)(const Problem&);  // elements
-  int64_t (*dgates_elements)(const Problem&);
   int64_t (*group_sums)(const Problem&);        // elements
   int64_t (*groups)(const Problem&);
   void (*forward)(const Problem&, Parallel);

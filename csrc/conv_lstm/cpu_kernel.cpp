@@ -11,13 +11,18 @@
 //                  over all planes and taps.  Forward, the 4 outputs are i, f, g, o of one
 //                  channel, so the gate arithmetic follows at once and gates reach memory only
 //                  where the backward wants them.
-//     backward     step t, from the last: dh_{t-1} and dx_t are convolutions of the gate gradients
-//                  of step t with the flipped weights, so the pass that packs dgates[t + 1] makes
-//                  dx[t + 1], dh[t], then dgates[t] and dc.  dgates of two steps exist, no more.
+//     3 x 3        Winograd's F(2, 3) along the height (Layout): a third fewer products, for the
+//                  convolutions and for the weight gradients.  Along the width lie the lanes.
+//     backward     step t, from the last, one pass.  A task is a strip of rows, taken in bands.
+//                  The gate gradients of a band, and of the rows around it that the kernel
+//                  reaches, are made from the saved state into a window in scratch, out of which come
+//                  dh_{t-1}, dx_t and the weight gradients.  So from step to step only the images
+//                  dh and dc pass, and no gate gradient reaches memory; the price is that those
+//                  of the rows between two strips are made twice.
 //     weights      dW[g, plane, tap] = sum over pixels of dgates[g] * plane shifted by the tap:
 //                  weight_block, rows are planes (broadcast), lanes are gates, the depth is the
-//                  pixels of the tile, whose dgates are transposed for it while they are hot.
-// Tiles are dealt to a fixed number of groups; each sums its own dW in order, and the groups are
+//                  pixels of the band, whose gate gradients are transposed for it.
+// Strips are dealt to a fixed number of groups; each sums its own dW in order, and the groups are
 // added in order, so the bits do not depend on the threads.
 
 #include "cpu.h"
@@ -45,6 +50,8 @@ constexpr int64_t kTileBytes = 448 * 1024;   // scratch of one task: fits a 1 MB
 constexpr int64_t kDepthPixels = 256;        // pixels of one weight_block: its operands fit L1
 constexpr int64_t kSumBytes = 8 << 20;       // of all groups together
 constexpr int64_t kMostGroups = 64, kFewestGroups = 4;
+constexpr int64_t kMostBand = 4;             // times the rows that are made together
+constexpr int64_t kStripRows = 16, kRecomputedStripRows = 32;
 
 // ------------------------------------------------------------------ loads and stores
 
@@ -274,42 +281,140 @@ VSOD_INLINE void weight_rows(int64_t rows, const S* a, int64_t a_stride, const S
   }
 }
 
-// ------------------------------------------------------------------ tasks and scratch
+// ------------------------------------------------------------------ tiles and packed planes
 
 struct Tile {
-  int64_t b, y, x, rows, columns;
+  int64_t b, y, x, rows, columns;  // y may be negative: rows outside of the image are zeros
 };
 
-// The cut of an image into tiles, and the layout of the planes that a task packs.
+// Packed planes and the convolutions over them.
+//
+// Paired (3 x 3): output rows y and y + dilation are made together out of input rows
+// d0 .. d3 = y - dilation .. y + 2 dilation, by Winograd's F(2, 3) along the height:
+//     part          0         1                   2                   3
+//     of the input  d0 - d2   d1 + d2             d2 - d1             d3 - d1
+//     of the kernel g0        (g0 + g1 + g2) / 2  (g0 - g1 + g2) / 2  g2
+//     first row = part 0 + 1 + 2, second row = part 1 - 2 + 3
+// Each part is a convolution with the 3 taps of one row: 12 products for 2 pixels, not 18.
+// Otherwise: one part, the input itself, with all taps, and one output row at a time.
 template <class S>
-struct Tiling {
+struct Layout {
+  static constexpr int kN = kLanes<S>;
+  bool paired;
+  int64_t kernel, dilation;
   int64_t reach;         // of the kernel, in pixels
-  int64_t margin;        // columns left of a packed row's first pixel: `reach`, whole vectors
-  int64_t rows, columns; // of a tile
-  int64_t down, across;  // tiles in an image
-  int64_t pitch;         // of a packed row
-  int64_t plane;         // of a packed plane
+  int64_t margin;        // of the first pixel in a packed row
+  int64_t pitch;         // of a packed row, which is [reach, pitch + reach): its right border lies
+                         // where the left margin of the next row begins
+  int64_t parts, taps;   // taps of each part
+  int64_t unit_rows;     // output rows that are made together
+  int32_t* offsets;      // of the taps
 
-  // packed_planes: planes with a border; bare_planes: those without.
-  Tiling(const Problem& p, int64_t packed_planes, int64_t bare_planes) {
-    constexpr int kN = kLanes<S>;
-    reach = p.kernel / 2 * p.dilation;
-    margin = round_up(reach, kN);
-    for (across = 1;; ++across) {
-      columns = across == 1 ? p.width : round_up(ceil_div(p.width, across), kN);
-      pitch = margin + round_up(columns, kN) + round_up(larger(reach, 1), kN);
-      const int64_t border = 2 * reach * packed_planes * pitch;
-      const int64_t row = packed_planes * pitch + bare_planes * round_up(columns, kN);
-      rows = (kTileBytes / int64_t(sizeof(S)) - border) / row;
-      if (rows >= smaller(p.height, 8 + 2 * reach) || columns <= 4 * kN) break;
+  Layout(const Problem& p, int64_t columns)
+      : paired(p.kernel == 3 && 2 * p.dilation <= p.height), kernel(p.kernel),
+        dilation(p.dilation), reach(p.kernel / 2 * p.dilation), margin(round_up(2 * reach, kN)),
+        pitch(margin + round_up(columns, kN)), parts(paired ? 4 : 1),
+        taps(paired ? 3 : kernel * kernel), unit_rows(paired ? 2 : 1),
+        offsets(static_cast<int32_t*>(malloc(sizeof(int32_t) * taps))) {
+    if (!offsets) abort();
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t down = paired ? 0 : tap / kernel - kernel / 2;
+      offsets[tap] = int32_t(dilation * (down * pitch + tap % kernel - kernel / 2));
     }
-    across = ceil_div(p.width, columns);
-    rows = smaller(larger(rows, 2), p.height);
-    down = ceil_div(p.height, rows);
-    rows = ceil_div(p.height, down);
-    down = ceil_div(p.height, rows);
-    plane = round_up((rows + 2 * reach) * pitch, 2 * kN) + kN;
   }
+  ~Layout() { free(offsets); }
+  Layout(const Layout&) = delete;
+
+  // Tiles are made of so many rows.
+  int64_t row_step() const { return paired ? 2 * dilation : 1; }
+  int64_t units(int64_t rows) const { return round_up(rows, row_step()) / unit_rows; }
+  int64_t row(int64_t unit, int64_t r) const {  // row r of a unit, in the tile
+    return paired ? unit / dilation * 2 * dilation + unit % dilation + r * dilation : unit;
+  }
+
+  // Elements of a plane with its border, and of its parts.  Not a power of two: planes would share
+  // one cache set.
+  int64_t plain_plane(int64_t rows) const {
+    return round_up((round_up(rows, row_step()) + 2 * reach) * pitch + margin, 2 * kN) + kN;
+  }
+  int64_t plane(int64_t rows) const {
+    return paired ? round_up(units(rows) * parts * pitch + margin, 2 * kN) + kN
+                  : plain_plane(rows);
+  }
+  // Where a part of a unit begins in a packed plane, at the first pixel.
+  int64_t at(int64_t unit, int64_t part) const {
+    return (paired ? unit * parts + part : unit + reach) * pitch + margin;
+  }
+  int64_t unit_stride() const { return parts * pitch; }
+
+  // The parts of one plane with a border.
+  template <bool kClamp>
+  void split(const S* plain, int64_t rows, S* parts_of) const {
+    for (int64_t unit = 0; unit < units(rows); ++unit) {
+      const S* d = plain + row(unit, 0) * pitch;
+      S* to = parts_of + unit * parts * pitch;
+      for (int64_t x = margin; x < pitch; x += kN) split_at<kClamp, Vec<S>>(d + x, to + x);
+      for (int64_t x = 0; x < reach; ++x) {
+        split_at<kClamp, S>(d + margin - reach + x, to + margin - reach + x);
+        split_at<kClamp, S>(d + pitch + x, to + pitch + x);
+      }
+    }
+  }
+  // A vector or a number.  Infinities become huge numbers, which saturate the gates as well, but
+  // do not turn to NaN where parts cancel.
+  template <bool kClamp, class V>
+  VSOD_INLINE void split_at(const S* from, S* to) const {
+    constexpr S kMost = sizeof(S) == 4 ? S(1e30) : S(1e300);
+    V d[4];
+    for (int i = 0; i < 4; ++i) {
+      memcpy(&d[i], from + i * dilation * pitch, sizeof(V));
+      if (kClamp) {
+        d[i] = kMost < d[i] ? kMost - V{} : d[i];
+        d[i] = -kMost > d[i] ? -kMost - V{} : d[i];
+      }
+    }
+    const V split[4] = {d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]};
+    for (int i = 0; i < 4; ++i) memcpy(to + i * pitch, &split[i], sizeof(V));
+  }
+
+  // The weight of a part's tap, made of the weights tap(0), tap(1) .. of the kernel.
+  template <class Tap>
+  S part_weight(int64_t part, int64_t tap, const Tap& weight) const {
+    if (!paired) return weight(tap);
+    const S top = weight(tap), middle = weight(3 + tap), bottom = weight(6 + tap);
+    switch (part) {
+      case 0: return top;
+      case 1: return (top + middle + bottom) / 2;
+      case 2: return (top - middle + bottom) / 2;
+      default: return bottom;
+    }
+  }
+
+  // sums[row of the unit][output][vector]: in points to the first pixel of the unit's part 0, the
+  // weights are [part][all_planes][tap][kOutputs], of which the first `planes` are used.
+  // Room for `parts` rows.
+  VSOD_INLINE void convolve(int vectors, const S* in, int64_t plane_stride, int64_t planes,
+                            int64_t all_planes, const S* weights, S* sums) const {
+    constexpr int64_t kRow = kOutputs * kMaxVectors * kN;
+    for (int64_t part = 0; part < parts; ++part)
+      conv<S>(vectors, in + part * pitch, plane_stride, planes, offsets, taps,
+              weights + part * all_planes * taps * kOutputs, sums + part * kRow);
+    if (!paired) return;
+    for (int j = 0; j < kOutputs; ++j)
+      for (int v = 0; v < vectors; ++v) {
+        S* at = sums + (j * kMaxVectors + v) * kN;
+        const Vec<S> one = load(at + kRow), two = load(at + 2 * kRow);
+        store(at, load(at) + (one + two));
+        store(at + kRow, one - two + load(at + 3 * kRow));
+      }
+  }
+  static constexpr int64_t kSums = 4 * kOutputs * kMaxVectors * kN;
+};
+
+// The cut of an image into tiles.
+struct Tiling {
+  int64_t rows, columns;  // of a tile
+  int64_t down, across;   // tiles in an image
 
   int64_t tiles(const Problem& p) const { return p.batch * down * across; }
 
@@ -321,6 +426,12 @@ struct Tiling {
   }
 };
 
+// Columns of a tile where an image is cut into `across` of them.
+template <class S>
+int64_t columns_of(const Problem& p, int64_t across) {
+  return across == 1 ? p.width : round_up(ceil_div(p.width, across), kLanes<S>);
+}
+
 // Vectors of a tile's row, cut into blocks of nearly equal width.
 struct Blocks {
   int64_t vectors, count;
@@ -328,37 +439,19 @@ struct Blocks {
   int64_t first(int64_t i) const { return i * vectors / count; }
 };
 
-template <class S>
-struct Taps {
-  int64_t count;
-  int32_t* offsets;  // within a packed plane, from the pixel
-
-  // sign -1: taps of the flipped kernel.
-  Taps(const Problem& p, int64_t pitch, int sign)
-      : count(p.kernel * p.kernel),
-        offsets(static_cast<int32_t*>(malloc(sizeof(int32_t) * count))) {
-    if (!offsets) abort();
-    const int64_t half = p.kernel / 2;
-    for (int64_t tap = 0; tap < count; ++tap)
-      offsets[tap] = int32_t(sign * p.dilation *
-                             ((tap / p.kernel - half) * pitch + tap % p.kernel - half));
-  }
-  ~Taps() { free(offsets); }
-  Taps(const Taps&) = delete;
-};
-
 // Copies one plane of a tile with its border; what lies outside of the image is zero.
 template <class S, class N>
-void pack_plane(const Problem& p, const Tiling<S>& tiling, const Tile& tile, const N* src,
+void pack_plane(const Problem& p, const Layout<S>& layout, const Tile& tile, const N* src,
                 int64_t stride_y, int64_t stride_x, S* dst) {
-  const int64_t reach = tiling.reach;
+  const int64_t reach = layout.reach;
   const int64_t left = larger(tile.x - reach, 0);
   const int64_t right = smaller(tile.x + tile.columns + reach, p.width);
-  const int64_t before = tiling.margin - (tile.x - left);
-  for (int64_t y = tile.y - reach; y < tile.y + tile.rows + reach; ++y) {
+  const int64_t before = layout.margin - reach - (tile.x - left);
+  const int64_t end = tile.y + round_up(tile.rows, layout.row_step()) + reach;
+  dst += reach;
+  for (int64_t y = tile.y - reach; y < end; ++y, dst += layout.pitch) {
     if (y < 0 || y >= p.height) {
-      memset(dst, 0, tiling.pitch * sizeof(S));
-      dst += tiling.pitch;
+      memset(dst, 0, layout.pitch * sizeof(S));
       continue;
     }
     const N* row = src + y * stride_y + left * stride_x;
@@ -380,8 +473,7 @@ void pack_plane(const Problem& p, const Tiling<S>& tiling, const Tile& tile, con
     } else {
       for (int64_t x = 0; x < count; ++x) to[x] = widen(row[x * stride_x]);
     }
-    for (int64_t x = before + count; x < tiling.pitch; ++x) dst[x] = 0;
-    dst += tiling.pitch;
+    for (int64_t x = before + count; x < layout.pitch; ++x) dst[x] = 0;
   }
 }
 
@@ -413,29 +505,41 @@ struct Common {
            (((b * p.steps + t) * 4 + gate) * p.hidden + m) * pixels;
   }
 
-  // x_t and h_{t-1}; returns how many planes.
-  int64_t pack_inputs(const Tiling<S>& tiling, const Tile& tile, int64_t t, S* dst) const {
+  // x_t and h_{t-1}, packed; returns how many planes.  `plain` is room for one plane.
+  // for_gates: infinities are clamped.
+  int64_t pack_inputs(const Layout<S>& layout, const Tile& tile, int64_t t, int64_t plane,
+                      bool for_gates, S* plain, S* dst) const {
     const N* x = static_cast<const N*>(p.x.data) + tile.b * p.x.b + t * p.x.t;
-    for (int64_t c = 0; c < p.channels; ++c)
-      pack_plane(p, tiling, tile, x + c * p.x.c, p.x.y, p.x.x, dst + c * tiling.plane);
-    if (!hidden_plane(t, tile.b, 0)) return p.channels;
-    for (int64_t m = 0; m < p.hidden; ++m)
-      pack_plane(p, tiling, tile, hidden_plane(t, tile.b, m), p.width, 1,
-                 dst + (p.channels + m) * tiling.plane);
-    return p.channels + p.hidden;
+    const int64_t planes = p.channels + (hidden_plane(t, tile.b, 0) ? p.hidden : 0);
+    for (int64_t i = 0; i < planes; ++i, dst += plane) {
+      S* to = layout.paired ? plain : dst;
+      if (i < p.channels)
+        pack_plane(p, layout, tile, x + i * p.x.c, p.x.y, p.x.x, to);
+      else
+        pack_plane(p, layout, tile, hidden_plane(t, tile.b, i - p.channels), p.width, 1, to);
+      if (!layout.paired) continue;
+      if (for_gates && (i < p.channels || t == 0))  // no other h is infinite
+        layout.template split<true>(plain, tile.rows, dst);
+      else
+        layout.template split<false>(plain, tile.rows, dst);
+    }
+    return planes;
   }
 
-  // weights[m][plane][tap][gate]
-  void pack_forward_weights() const {
-    const int64_t taps = p.kernel * p.kernel, planes = p.channels + p.hidden;
+  // weights[m][part][plane][tap][gate]
+  void pack_forward_weights(const Layout<S>& layout) const {
     S* to = static_cast<S*>(p.weights);
     for (int64_t m = 0; m < p.hidden; ++m)
-      for (int64_t plane = 0; plane < planes; ++plane)
-        for (int64_t tap = 0; tap < taps; ++tap)
-          for (int64_t gate = 0; gate < 4; ++gate)
-            *to++ = weight(gate * p.hidden + m, plane, tap, taps);
+      for (int64_t part = 0; part < layout.parts; ++part)
+        for (int64_t plane = 0; plane < p.channels + p.hidden; ++plane)
+          for (int64_t tap = 0; tap < layout.taps; ++tap)
+            for (int64_t gate = 0; gate < 4; ++gate)
+              *to++ = layout.part_weight(part, tap, [&](int64_t i) {
+                return weight(gate * p.hidden + m, plane, i);
+              });
   }
-  S weight(int64_t g, int64_t plane, int64_t tap, int64_t taps) const {
+  S weight(int64_t g, int64_t plane, int64_t tap) const {
+    const int64_t taps = p.kernel * p.kernel;
     if (plane < p.channels)
       return widen(static_cast<const N*>(p.weight_ih)[(g * p.channels + plane) * taps + tap]);
     return widen(
@@ -446,7 +550,8 @@ struct Common {
   }
   // Peephole weight of row i, f or o (0, 1, 2) at one vector of pixels.
   VSOD_INLINE Vec<S> peephole(int row, int64_t m, int64_t pixel, int64_t count) const {
-    const N* weights = static_cast<const N*>(p.peephole) + row * p.hidden * (p.full_peephole ? pixels : 1);
+    const N* weights =
+        static_cast<const N*>(p.peephole) + row * p.hidden * (p.full_peephole ? pixels : 1);
     if (!p.full_peephole) return broadcast<S>(widen(weights[m]));
     return load_first<S>(weights + m * pixels + pixel, count);
   }
@@ -454,10 +559,34 @@ struct Common {
 
 template <class S>
 int64_t forward_weights(const Problem& p) {
-  return 4 * p.hidden * (p.channels + p.hidden) * p.kernel * p.kernel;
+  const Layout<S> layout(p, p.width);
+  return 4 * p.hidden * (p.channels + p.hidden) * layout.parts * layout.taps;
 }
 
 // ------------------------------------------------------------------ forward
+
+template <class S>
+Tiling forward_tiling(const Problem& p) {
+  Tiling tiling;
+  for (tiling.across = 1;; ++tiling.across) {
+    tiling.columns = columns_of<S>(p, tiling.across);
+    const Layout<S> layout(p, tiling.columns);
+    const int64_t step = layout.row_step(), planes = p.channels + p.hidden;
+    const auto bytes = [&](int64_t rows) {
+      return (planes * layout.plane(rows) + layout.plain_plane(rows)) * int64_t(sizeof(S));
+    };
+    const int64_t all = round_up(p.height, step);
+    const int64_t enough = smaller(all, round_up(8 + (layout.paired ? 0 : 2 * layout.reach), step));
+    int64_t rows = step;
+    while (rows < all && bytes(rows + step) <= kTileBytes) rows += step;
+    tiling.down = ceil_div(p.height, rows);
+    tiling.rows = round_up(ceil_div(p.height, tiling.down), step);
+    if (rows >= enough || tiling.columns <= 4 * kLanes<S>) break;
+  }
+  tiling.across = ceil_div(p.width, tiling.columns);
+  tiling.down = ceil_div(p.height, tiling.rows);
+  return tiling;
+}
 
 template <class S, class N>
 struct Forward : Common<S, N> {
@@ -465,34 +594,43 @@ struct Forward : Common<S, N> {
   using Base::kN;
   using Base::p;
 
-  Tiling<S> tiling;
-  Taps<S> taps;
+  const Tiling tiling;
+  const Layout<S> layout;
+  const int64_t plane;
   int64_t t = 0;
   Counter tasks;
 
   explicit Forward(const Problem& problem)
-      : Base(problem), tiling(problem, problem.channels + problem.hidden, 0),
-        taps(problem, tiling.pitch, 1) {}
+      : Base(problem), tiling(forward_tiling<S>(problem)), layout(problem, tiling.columns),
+        plane(layout.plane(tiling.rows)) {}
 
   void run(const Tile& tile) {
     const int64_t all_planes = p.channels + p.hidden;
-    const int64_t elements = all_planes * tiling.plane + kOutputs * kMaxVectors * kN;
-    Scratch scratch(thread_scratch(Scratch::bytes<S>(elements)));
-    S* packed = scratch.piece<S>(elements);
-    S* sums = packed + all_planes * tiling.plane;
-    const int64_t planes = this->pack_inputs(tiling, tile, t, packed);
+    const int64_t counts[] = {all_planes * plane, layout.plain_plane(tiling.rows),
+                              Layout<S>::kSums};
+    int64_t bytes = 0;
+    for (int64_t count : counts) bytes += Scratch::bytes<S>(count);
+    Scratch scratch(thread_scratch(bytes));
+    S* packed = scratch.piece<S>(counts[0]);
+    S* plain = scratch.piece<S>(counts[1]);
+    S* sums = scratch.piece<S>(counts[2]);
+    const int64_t planes = this->pack_inputs(layout, tile, t, plane, true, plain, packed);
     const Blocks blocks(ceil_div(tile.columns, kN));
-    const int64_t per_channel = all_planes * taps.count * kOutputs;
+    const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
       const S* weights = static_cast<const S*>(p.weights) + m * per_channel;
-      for (int64_t y = 0; y < tile.rows; ++y)
+      for (int64_t unit = 0; unit < layout.units(tile.rows); ++unit)
         for (int64_t i = 0; i < blocks.count; ++i) {
           const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
-          const S* in = packed + (y + tiling.reach) * tiling.pitch + tiling.margin + first * kN;
-          conv<S>(int(vectors), in, tiling.plane, planes, taps.offsets, taps.count, weights, sums);
           const int64_t column = first * kN;
-          finish(tile.b, m, (tile.y + y) * p.width + tile.x + column, vectors,
-                 tile.columns - column, sums);
+          layout.convolve(int(vectors), packed + layout.at(unit, 0) + column, plane, planes,
+                          all_planes, weights, sums);
+          for (int64_t r = 0; r < layout.unit_rows; ++r) {
+            const int64_t y = layout.row(unit, r);
+            if (y >= tile.rows) continue;
+            finish(tile.b, m, (tile.y + y) * p.width + tile.x + column, vectors,
+                   tile.columns - column, sums + r * kOutputs * kMaxVectors * kN);
+          }
         }
     }
   }
@@ -539,7 +677,7 @@ template <class S, class N>
 void forward(const Problem& p, Parallel parallel) {
   using Run = Forward<S, N>;
   Run state(p);
-  state.pack_forward_weights();
+  state.pack_forward_weights(state.layout);
   for (state.t = 0; state.t < p.steps; ++state.t) {
     state.tasks.next = 0;
     parallel(
@@ -560,41 +698,85 @@ int64_t gate_lanes(const Problem& p) {
   const int64_t lanes = round_up(4 * p.hidden, kLanes<S>);
   return lanes == kLanes<S> ? lanes : round_up(lanes, 2 * kLanes<S>);
 }
+template <class S>
+int64_t gate_panel(const Problem& p) {
+  return smaller(gate_lanes<S>(p), 2 * kLanes<S>);
+}
 
-// What one group sums: dW [panel][plane][tap][panel lanes], db [lanes], dpeephole [3][M][vector].
+// What one group sums: dW [panel][plane][part][tap][panel lanes], db [lanes],
+// dpeephole [3][M][vector].
 template <class S>
 int64_t group_sums(const Problem& p) {
+  const Layout<S> layout(p, p.width);
   const int64_t planes = p.channels + p.hidden, lanes = gate_lanes<S>(p);
-  return lanes * planes * p.kernel * p.kernel + lanes + 3 * p.hidden * kLanes<S>;
+  return lanes * planes * layout.parts * layout.taps + lanes + 3 * p.hidden * kLanes<S>;
 }
 
 template <class S>
 int64_t backward_weights(const Problem& p) {
+  const Layout<S> layout(p, p.width);
   const int64_t outputs = round_up(p.hidden, kOutputs) + round_up(p.channels, kOutputs);
-  return outputs * 4 * p.hidden * p.kernel * p.kernel;
+  return outputs * 4 * p.hidden * layout.parts * layout.taps;
 }
 
-// Not a multiple of 4096 bytes: planes of images of a power-of-two size share one cache set.
+// A strip of the image is one task, taken in bands of a few rows from the top; `halo` is how many
+// columns beside its own it needs the gate gradients of.
+struct Strips {
+  Tiling tiling;
+  int64_t band, halo, columns;  // columns: of a band, with its halo
+};
+
+// Elements of a task's scratch, in the order of Backward::Places.
+struct Pieces {
+  int64_t inputs, window, split, plain, transposed, sums, peephole_sums;
+};
 template <class S>
-int64_t dgates_plane(const Problem& p) {
-  return round_up(p.height * p.width, kLanes<S>) + 5 * kLanes<S>;
+Pieces pieces(const Problem& p, const Layout<S>& layout, const Strips& strips) {
+  const int64_t gates = 4 * p.hidden, band = strips.band;
+  return {(p.channels + p.hidden) * layout.plane(band),
+          gates * layout.plain_plane(band),
+          layout.paired ? gates * layout.plane(band) : 0,
+          layout.paired ? layout.plain_plane(band) : 0,
+          gate_panel<S>(p) * layout.units(band) * layout.parts * strips.tiling.columns,
+          Layout<S>::kSums,
+          3 * p.hidden * kLanes<S>};
 }
 
 template <class S>
-int64_t dgates_elements(const Problem& p) {
-  return p.batch * 4 * p.hidden * dgates_plane<S>(p);
-}
-
-template <class S>
-Tiling<S> backward_tiling(const Problem& p) {
-  const int64_t inputs = p.channels + p.hidden, gates = 4 * p.hidden;
-  return Tiling<S>(p, p.gates ? larger(inputs, gates) : inputs + gates,
-                   p.gates ? gates : 2 * gates);
+Strips backward_strips(const Problem& p) {
+  constexpr int kN = kLanes<S>;
+  Strips strips;
+  Tiling& tiling = strips.tiling;
+  for (tiling.across = 1;; ++tiling.across) {
+    tiling.columns = columns_of<S>(p, tiling.across);
+    strips.halo = tiling.across == 1 ? 0 : round_up(p.kernel / 2 * p.dilation, kN);
+    strips.columns = smaller(p.width, tiling.columns + 2 * strips.halo);
+    const Layout<S> layout(p, strips.columns);
+    const int64_t step = layout.row_step(), all = round_up(p.height, step);
+    const int64_t enough = smaller(all, layout.paired ? step : 2 * layout.reach + 2);
+    const auto fits = [&](int64_t band) {
+      strips.band = band;
+      const Pieces needs = pieces(p, layout, strips);
+      return (needs.inputs + larger(needs.window, needs.split) + needs.transposed) *
+                 int64_t(sizeof(S)) <= kTileBytes;
+    };
+    int64_t band = step;
+    while (band < all && band < kMostBand * step && fits(band + step)) band += step;
+    const bool good = band >= enough && fits(band);
+    strips.band = band;
+    // Above and below a strip, gate gradients are made twice.
+    const int64_t rows = larger(p.gates ? kStripRows : kRecomputedStripRows, 4 * layout.reach);
+    tiling.rows = round_up(smaller(rows, p.height), band);
+    if (good || tiling.columns <= 4 * kN) break;
+  }
+  tiling.across = ceil_div(p.width, tiling.columns);
+  tiling.down = ceil_div(p.height, tiling.rows);
+  return strips;
 }
 
 template <class S>
 int64_t groups(const Problem& p) {
-  const Tiling<S> tiling = backward_tiling<S>(p);
+  const Tiling tiling = backward_strips<S>(p).tiling;
   const int64_t tiles = p.full_peephole ? tiling.down * tiling.across : tiling.tiles(p);
   const int64_t fit = kSumBytes / (group_sums<S>(p) * int64_t(sizeof(S)));
   return smaller(tiles, smaller(larger(fit, kFewestGroups), kMostGroups));
@@ -605,223 +787,221 @@ struct Backward : Common<S, N> {
   using Base = Common<S, N>;
   using Base::kN;
   using Base::p;
+  static constexpr int64_t kRow = kOutputs * kMaxVectors * kN;  // sums of one row
 
-  Tiling<S> tiling;
-  Taps<S> taps, flipped;
+  const Strips strips;
+  const Layout<S> layout;
   int64_t t = 0;
   Counter tasks;
-  const int64_t gates, lanes, panel_lanes;
+  const int64_t gates, lanes, panel_lanes, plane, window_plane;
   const int64_t hidden_blocks, channel_blocks;
-  const bool need_weights, need_sums, sum_peephole;
+  const bool need_weights, sum_peephole;
 
   explicit Backward(const Problem& problem)
-      : Base(problem), tiling(backward_tiling<S>(problem)), taps(problem, tiling.pitch, 1),
-        flipped(problem, tiling.pitch, -1), gates(4 * problem.hidden),
-        lanes(gate_lanes<S>(problem)), panel_lanes(smaller(lanes, 2 * kN)),
+      : Base(problem), strips(backward_strips<S>(problem)), layout(problem, strips.columns),
+        gates(4 * problem.hidden), lanes(gate_lanes<S>(problem)),
+        panel_lanes(gate_panel<S>(problem)), plane(layout.plane(strips.band)),
+        window_plane(layout.plain_plane(strips.band)),
         hidden_blocks(ceil_div(problem.hidden, kOutputs)),
         channel_blocks(ceil_div(problem.channels, kOutputs)),
-        need_weights(problem.dweight_ih || problem.dweight_hh), need_sums(need_weights || problem.dbias),
+        need_weights(problem.dweight_ih || problem.dweight_hh),
         sum_peephole(problem.dpeephole && !problem.full_peephole) {}
 
-  // weights[block of outputs][gate plane][tap][output]: first blocks of h, then blocks of x.
+  // weights[block of outputs][part][gate plane][tap][output] of the flipped kernel: first blocks
+  // of h, then blocks of x.
   void pack_backward_weights() const {
     S* to = static_cast<S*>(p.backward_weights);
     for (int64_t block = 0; block < hidden_blocks + channel_blocks; ++block) {
       const bool of_h = block < hidden_blocks;
       const int64_t first = (of_h ? block : block - hidden_blocks) * kOutputs;
       const int64_t end = of_h ? p.hidden : p.channels;
-      for (int64_t g = 0; g < gates; ++g)
-        for (int64_t tap = 0; tap < taps.count; ++tap)
-          for (int64_t j = first; j < first + kOutputs; ++j)
-            *to++ = j < end ? this->weight(g, of_h ? p.channels + j : j, tap, taps.count) : S(0);
+      for (int64_t part = 0; part < layout.parts; ++part)
+        for (int64_t g = 0; g < gates; ++g)
+          for (int64_t tap = 0; tap < layout.taps; ++tap)
+            for (int64_t j = first; j < first + kOutputs; ++j)
+              *to++ = j >= end ? S(0) : layout.part_weight(part, tap, [&](int64_t i) {
+                return this->weight(g, of_h ? p.channels + j : j, p.kernel * p.kernel - 1 - i);
+              });
     }
   }
 
-  S* dgate_plane(int64_t step, int64_t b, int64_t g) const {
-    return static_cast<S*>(p.dgates[step & 1]) + (b * gates + g) * dgates_plane<S>(p);
+  S* dh_plane(int64_t step, int64_t b, int64_t m) const {
+    return static_cast<S*>(p.dh_of[step & 1]) + b * p.dh_batch[step & 1] + m * this->pixels;
   }
 
   struct Places {
-    S *packed, *transposed, *scratch_gates, *sums, *peephole_sums;
+    S *inputs, *window, *split, *plain, *transposed, *sums, *peephole_sums;
   };
 
-  // Step t: dx[t + 1] and dh[t] from dgates[t + 1]; dgates[t], dc; weight gradients of step t.
-  // Step -1: dx[0] and the gradient of the initial h.
-  void run(const Tile& tile, S* group) {
-    // Planes of x and h are packed once where they are needed before and after those of dgates.
-    const int64_t inputs = p.channels + p.hidden;
-    const int64_t packed_planes = p.gates ? larger(inputs, gates) : inputs + gates;
-    const int64_t vectors = ceil_div(tiling.columns, kN);
-    const int64_t bare = tiling.rows * vectors * kN;
-    const int64_t peephole_sums = sum_peephole ? 3 * p.hidden * kN : 0;
-    const int64_t counts[] = {packed_planes * tiling.plane, lanes * bare,
-                              p.gates ? 0 : gates * bare, kOutputs * kMaxVectors * kN,
-                              peephole_sums};
+  // Step t of one strip.  The window holds the gate gradients of a band and of the rows above and
+  // below it that the convolution reaches; it moves down the strip.
+  void run(const Tile& strip, S* group) {
+    const Pieces needs = pieces(p, layout, strips);
+    const int64_t counts[] = {needs.inputs,     needs.window, needs.split,        needs.plain,
+                              needs.transposed, needs.sums,   needs.peephole_sums};
     int64_t bytes = 0;
     for (int64_t count : counts) bytes += Scratch::bytes<S>(count);
     Scratch scratch(thread_scratch(bytes));
     Places at;
-    at.packed = scratch.piece<S>(counts[0]);
-    S* packed_dgates = at.packed + (p.gates ? 0 : inputs * tiling.plane);
-    at.transposed = scratch.piece<S>(counts[1]);
-    at.scratch_gates = scratch.piece<S>(counts[2]);
-    at.sums = scratch.piece<S>(counts[3]);
-    at.peephole_sums = scratch.piece<S>(counts[4]);
-    memset(at.peephole_sums, 0, peephole_sums * sizeof(S));
+    at.inputs = scratch.piece<S>(needs.inputs);
+    at.window = scratch.piece<S>(needs.window);
+    at.split = scratch.piece<S>(needs.split);
+    at.plain = scratch.piece<S>(needs.plain);
+    at.transposed = scratch.piece<S>(needs.transposed);
+    at.sums = scratch.piece<S>(needs.sums);
+    at.peephole_sums = scratch.piece<S>(needs.peephole_sums);
+    memset(at.peephole_sums, 0, needs.peephole_sums * sizeof(S));
+    memset(at.window, 0, needs.window * sizeof(S));
 
-    const Blocks blocks(ceil_div(tile.columns, kN));
-    int64_t planes = 0;
-    if (t >= 0 && !p.gates) {
-      planes = this->pack_inputs(tiling, tile, t, at.packed);
-      recompute_gates(tile, blocks, planes, at);
+    Tile wide = strip;  // with the halo
+    wide.x = larger(strip.x - strips.halo, 0);
+    wide.columns = smaller(strip.x + strip.columns + strips.halo, p.width) - wide.x;
+    const int64_t reach = layout.reach, band_rows = strips.band;
+    for (int64_t row = 0; row < 2 * reach; row += band_rows) {
+      wide.y = strip.y - reach + row, wide.rows = smaller(band_rows, 2 * reach - row);
+      gate_gradients(strip, wide, row, at);
     }
-    const bool last = t == p.steps - 1;
-    if (!last)
-      for (int64_t g = 0; g < gates; ++g)
-        pack_plane(p, tiling, tile, dgate_plane(t + 1, tile.b, g), p.width, 1,
-                   packed_dgates + g * tiling.plane);
-    const int64_t per_block = gates * taps.count * kOutputs;
-    const int64_t end_block = hidden_blocks + (p.dx && !last ? channel_blocks : 0);
-    for (int64_t block = t < 0 && !p.dh ? hidden_blocks : 0; block < end_block; ++block) {
-      const bool of_h = block < hidden_blocks;
-      const int64_t first_output = (of_h ? block : block - hidden_blocks) * kOutputs;
-      const int64_t outputs = smaller(kOutputs, (of_h ? p.hidden : p.channels) - first_output);
-      const S* weights = static_cast<const S*>(p.backward_weights) + block * per_block;
-      for (int64_t y = 0; y < tile.rows; ++y)
-        for (int64_t i = 0; i < blocks.count; ++i) {
-          const int64_t first = blocks.first(i), width = blocks.first(i + 1) - first;
-          const int64_t column = first * kN, count = tile.columns - column;
-          const int64_t pixel = (tile.y + y) * p.width + tile.x + column;
-          const S* in =
-              packed_dgates + (y + tiling.reach) * tiling.pitch + tiling.margin + column;
-          if (!last)
-            conv<S>(int(width), in, tiling.plane, gates, flipped.offsets, taps.count, weights,
-                    at.sums);
-          for (int64_t j = 0; j < outputs; ++j) {
-            const S* sums = last ? nullptr : at.sums + j * kMaxVectors * kN;
-            const int64_t m = first_output + j;
-            if (!of_h) {
-              N* dx = static_cast<N*>(p.dx) +
-                      ((tile.b * p.steps + t + 1) * p.channels + m) * this->pixels;
-              write(dx + pixel, sums, width, count);
-            } else if (t < 0) {
-              write(static_cast<N*>(p.dh) + (tile.b * p.hidden + m) * this->pixels + pixel, sums,
-                    width, count);
-            } else {
-              const int64_t bare_at = y * vectors * kN + column;
-              gate_gradients(tile, m, y, column, pixel, width, count, sums,
-                             p.gates ? nullptr : at.scratch_gates + bare_at, bare, at.peephole_sums);
-            }
-          }
-        }
+    for (int64_t y = 0; y < strip.rows; y += band_rows) {
+      wide.y = strip.y + y + reach, wide.rows = band_rows;
+      gate_gradients(strip, wide, 2 * reach, at);
+      const Tile band{strip.b, strip.y + y, strip.x, smaller(band_rows, strip.rows - y),
+                      strip.columns};
+      input_gradients(band, strip.x - wide.x, at);
+      if (need_weights || p.dbias) weight_gradients(band, strip.x - wide.x, at, group);
+      for (int64_t g = 0; g < gates && reach; ++g) {
+        S* plane = at.window + g * window_plane;
+        memmove(plane, plane + band_rows * layout.pitch,
+                (2 * reach * layout.pitch + reach) * sizeof(S));
+      }
     }
-    if (t < 0) return;
     S* peephole_total = group + group_sums<S>(p) - 3 * p.hidden * kN;
-    for (int64_t i = 0; i < peephole_sums; ++i) peephole_total[i] += at.peephole_sums[i];
-    if (!need_sums) return;
-    transpose_dgates(tile, at.transposed, group);
-    if (!need_weights) return;
-    if (p.gates) planes = this->pack_inputs(tiling, tile, t, at.packed);
-    weight_gradients(tile, planes, at, group);
+    if (sum_peephole)
+      for (int64_t i = 0; i < 3 * p.hidden * kN; ++i) peephole_total[i] += at.peephole_sums[i];
   }
 
-  static VSOD_INLINE void write(N* dst, const S* sums, int64_t vectors, int64_t count) {
-    for (int64_t v = 0; v < vectors; ++v)
-      store_first<S>(dst + v * kN, load(sums + v * kN), count - v * kN);
-  }
-
-  // scratch_gates[gate * M + m][y][x], the gates of step t again.
-  void recompute_gates(const Tile& tile, const Blocks& blocks, int64_t planes, const Places& at) {
-    const int64_t stride = ceil_div(tiling.columns, kN) * kN;
-    const int64_t bare = tiling.rows * stride;
-    const int64_t per_channel = (p.channels + p.hidden) * taps.count * kOutputs;
+  // Rows of the window from `window_row` on, and dc where the strip owns the pixel.
+  void gate_gradients(const Tile& strip, const Tile& wide, int64_t window_row, const Places& at) {
+    const int64_t all_planes = p.channels + p.hidden;
+    const int64_t first_row = larger(wide.y, 0), end_row = smaller(wide.y + wide.rows, p.height);
+    for (int64_t row = 0; row < wide.rows; ++row)
+      if (wide.y + row < first_row || wide.y + row >= end_row)
+        for (int64_t g = 0; g < gates; ++g)
+          memset(at.window + g * window_plane + (window_row + row) * layout.pitch + layout.reach, 0,
+                 layout.pitch * sizeof(S));
+    if (first_row >= end_row) return;
+    int64_t planes = 0;
+    if (!p.gates)
+      planes = this->pack_inputs(layout, wide, t, plane, true, at.plain, at.inputs);
+    const Blocks blocks(ceil_div(wide.columns, kN));
+    const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
-      const S* before = this->cell_before(t, tile.b, m);
-      const S* after = this->cell_plane(t + 1, tile.b, m);
       const S* weights = static_cast<const S*>(p.weights) + m * per_channel;
-      for (int64_t y = 0; y < tile.rows; ++y)
+      for (int64_t unit = 0; unit < layout.units(wide.rows); ++unit) {
+        bool inside[2] = {};
+        for (int64_t r = 0; r < layout.unit_rows; ++r) {
+          const int64_t y = wide.y + layout.row(unit, r);
+          inside[r] = y >= first_row && y < end_row;
+        }
+        if (!inside[0] && !inside[1]) continue;
         for (int64_t i = 0; i < blocks.count; ++i) {
           const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
-          const S* in =
-              at.packed + (y + tiling.reach) * tiling.pitch + tiling.margin + first * kN;
-          conv<S>(int(vectors), in, tiling.plane, planes, taps.offsets, taps.count, weights,
-                  at.sums);
-          for (int64_t v = 0; v < vectors; ++v) {
-            const int64_t column = (first + v) * kN, count = tile.columns - column;
-            const int64_t pixel = (tile.y + y) * p.width + tile.x + column;
-            const S* sums = at.sums + v * kN;
-            Vec<S> gate[4];
-            for (int j = 0; j < 4; ++j)
-              gate[j] = load(sums + j * kMaxVectors * kN) + this->bias(j, m);
-            if (p.peephole) {
-              const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
-              gate[0] += this->peephole(0, m, pixel, count) * c;
-              gate[1] += this->peephole(1, m, pixel, count) * c;
-              gate[3] += this->peephole(2, m, pixel, count) * load_first<S>(after + pixel, count);
-            }
-            S* to = at.scratch_gates + m * bare + y * stride + column;
-            store(to, sigmoid(gate[0]).value());
-            store(to + p.hidden * bare, sigmoid(gate[1]).value());
-            store(to + 2 * p.hidden * bare, tanh_of(gate[2]).value());
-            store(to + 3 * p.hidden * bare, sigmoid(gate[3]).value());
+          const int64_t column = first * kN;
+          if (!p.gates)
+            layout.convolve(int(vectors), at.inputs + layout.at(unit, 0) + column, plane, planes,
+                            all_planes, weights, at.sums);
+          for (int64_t r = 0; r < layout.unit_rows; ++r) {
+            if (!inside[r]) continue;
+            const int64_t row = layout.row(unit, r);
+            S* to = at.window + m * window_plane + (window_row + row) * layout.pitch +
+                    layout.margin + column;
+            gate_gradients_of(strip, wide, m, wide.y + row, wide.x + column, vectors,
+                              p.gates ? nullptr : at.sums + r * kRow, to, at.peephole_sums);
           }
         }
+      }
     }
   }
 
-  // dgates[t] and dc of one channel and `count` pixels, at most `vectors` vectors of them.
-  VSOD_INLINE void gate_gradients(const Tile& tile, int64_t m, int64_t y, int64_t column,
-                                  int64_t pixel, int64_t vectors, int64_t count, const S* dh_sums,
-                                  const S* scratch_gates, int64_t bare, S* peephole_sums) const {
-    const int64_t b = tile.b;
+  // One channel, one row, `vectors` vectors from column x on.  conv: the sums of its gates, where
+  // they are not kept.  to: in the window, in the plane of its gate i.
+  VSOD_INLINE void gate_gradients_of(const Tile& strip, const Tile& wide, int64_t m, int64_t y,
+                                     int64_t x, int64_t vectors, const S* conv, S* to,
+                                     S* peephole_sums) const {
+    const int64_t b = strip.b, per_gate = p.hidden * window_plane;
+    const bool own_row = y >= strip.y && y < strip.y + strip.rows;
     const S* before = this->cell_before(t, b, m);
     const S* after = this->cell_plane(t + 1, b, m);
-    S* dc_plane = static_cast<S*>(p.dc) + (b * p.hidden + m) * this->pixels;
+    const int64_t state = (b * p.hidden + m) * this->pixels;
+    const bool last = t == p.steps - 1;
+    const S* dh_after = last ? nullptr : dh_plane(t + 1, b, m);
+    const S* dc_after = static_cast<const S*>(last ? p.grad_c : p.dc_of[(t + 1) & 1]);
+    if (dc_after) dc_after += state;
+    S* dc_before = static_cast<S*>(p.dc_of[t & 1]) + state;
     const Frames& grad = p.grad_out;
     const N* grad_row = nullptr;
     if (grad.data)
       grad_row = static_cast<const N*>(grad.data) + b * grad.b + t * grad.t + m * grad.c +
-                 (tile.y + y) * grad.y + (tile.x + column) * grad.x;
-    for (int64_t v = 0; v < vectors; ++v, pixel += kN, count -= kN) {
+                 y * grad.y + x * grad.x;
+    int64_t pixel = y * p.width + x, count = wide.x + wide.columns - x;
+    for (int64_t v = 0; v < vectors; ++v, pixel += kN, x += kN, count -= kN, to += kN) {
+      const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
+      const Vec<S> new_c = load_first<S>(after + pixel, count);
       Vec<S> i, f, g, o;
-      if (scratch_gates) {
-        const S* at = scratch_gates + m * bare + v * kN;
-        i = load(at), f = load(at + p.hidden * bare);
-        g = load(at + 2 * p.hidden * bare), o = load(at + 3 * p.hidden * bare);
+      if (conv) {
+        const S* sums = conv + v * kN;
+        i = load(sums) + this->bias(0, m);
+        f = load(sums + kMaxVectors * kN) + this->bias(1, m);
+        g = load(sums + 2 * kMaxVectors * kN) + this->bias(2, m);
+        o = load(sums + 3 * kMaxVectors * kN) + this->bias(3, m);
+        if (p.peephole) {
+          i += this->peephole(0, m, pixel, count) * c;
+          f += this->peephole(1, m, pixel, count) * c;
+          o += this->peephole(2, m, pixel, count) * new_c;
+        }
+        i = sigmoid(i).value(), f = sigmoid(f).value();
+        g = tanh_of(g).value(), o = sigmoid(o).value();
       } else {
         i = load_first<S>(this->gate_plane(t, b, 0, m) + pixel, count);
         f = load_first<S>(this->gate_plane(t, b, 1, m) + pixel, count);
         g = load_first<S>(this->gate_plane(t, b, 2, m) + pixel, count);
         o = load_first<S>(this->gate_plane(t, b, 3, m) + pixel, count);
       }
-      const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
-      const Vec<S> new_c = load_first<S>(after + pixel, count);
-      Vec<S> dh = dh_sums ? load(dh_sums + v * kN) : Vec<S>{};
+      Vec<S> dh = dh_after ? load_first<S>(dh_after + pixel, count) : Vec<S>{};
       if (grad_row) {
         if (grad.x == 1) {
           dh += load_first<S>(grad_row + v * kN, count);
+        } else if (grad.x == 0) {
+          dh += S(widen(grad_row[0]));
         } else {
           for (int k = 0; k < kN && k < count; ++k)
             dh[k] += S(widen(grad_row[(v * kN + k) * grad.x]));
         }
       }
       const Vec<S> tanh_c = tanh_of(new_c).value();
-      const Vec<S> d_o = dh * tanh_c * o * (S(1) - o);
-      Vec<S> dc = load_first<S>(dc_plane + pixel, count) + dh * o * (S(1) - tanh_c * tanh_c);
+      Vec<S> d_o = dh * tanh_c * o * (S(1) - o);
+      Vec<S> dc = dh * o * (S(1) - tanh_c * tanh_c);
+      if (dc_after) dc += load_first<S>(dc_after + pixel, count);
       if (p.peephole) dc += this->peephole(2, m, pixel, count) * d_o;
-      const Vec<S> di = dc * g * i * (S(1) - i);
-      const Vec<S> df = dc * c * f * (S(1) - f);
-      const Vec<S> dg = dc * i * (S(1) - g * g);
-      dc *= f;
-      if (p.peephole) {
-        dc += this->peephole(0, m, pixel, count) * di + this->peephole(1, m, pixel, count) * df;
-        if (p.dpeephole) add_peephole(m, pixel, count, di * c, df * c, d_o * new_c, peephole_sums);
+      Vec<S> di = dc * g * i * (S(1) - i);
+      Vec<S> df = dc * c * f * (S(1) - f);
+      Vec<S> dg = dc * i * (S(1) - g * g);
+      if (own_row && x >= strip.x && x < strip.x + strip.columns) {
+        dc *= f;
+        if (p.peephole) {
+          dc += this->peephole(0, m, pixel, count) * di + this->peephole(1, m, pixel, count) * df;
+          if (p.dpeephole)
+            add_peephole(m, pixel, count, di * c, df * c, d_o * new_c, peephole_sums);
+        }
+        store_first<S>(dc_before + pixel, dc, count);
       }
-      store_first<S>(dc_plane + pixel, dc, count);
-      store_first<S>(dgate_plane(t, b, m) + pixel, di, count);
-      store_first<S>(dgate_plane(t, b, p.hidden + m) + pixel, df, count);
-      store_first<S>(dgate_plane(t, b, 2 * p.hidden + m) + pixel, dg, count);
-      store_first<S>(dgate_plane(t, b, 3 * p.hidden + m) + pixel, d_o, count);
+      if (count < kN) {
+        di = keep_first(di, int(count), S(0)), df = keep_first(df, int(count), S(0));
+        dg = keep_first(dg, int(count), S(0)), d_o = keep_first(d_o, int(count), S(0));
+      }
+      store(to, di);
+      store(to + per_gate, df);
+      store(to + 2 * per_gate, dg);
+      store(to + 3 * per_gate, d_o);
     }
   }
 
@@ -840,34 +1020,138 @@ struct Backward : Common<S, N> {
     }
   }
 
-  // transposed[panel][pixel of the tile][panel lanes] from dgates[t], and its sum over pixels.
-  void transpose_dgates(const Tile& tile, S* transposed, S* group) const {
-    S* bias_sums = group + group_sums<S>(p) - 3 * p.hidden * kN - lanes;
-    const int64_t tile_pixels = tile.rows * tile.columns;
-    for (int64_t first = 0; first < lanes; first += kN) {
-      S* panel = transposed + first / panel_lanes * panel_lanes * tile_pixels + first % panel_lanes;
-      Vec<S> sum = {};
-      for (int64_t y = 0; y < tile.rows; ++y)
-        for (int64_t x = 0; x < tile.columns; x += kN) {
-          const int64_t count = smaller(kN, tile.columns - x);
-          const int64_t pixel = (tile.y + y) * p.width + tile.x + x;
-          Vec<S> square[kN] = {};
-#pragma GCC unroll 16
-          for (int j = 0; j < kN; ++j)
-            if (first + j < gates)
-              square[j] = load_first<S>(dgate_plane(t, tile.b, first + j) + pixel, count);
-          transpose_square<S>(square);
-          S* to = panel + (y * tile.columns + x) * panel_lanes;
-          if (count == kN) {
-#pragma GCC unroll 16
-            for (int j = 0; j < kN; ++j) {
-              sum += square[j];
-              store(to + j * panel_lanes, square[j]);
+  // dh_{t-1} and dx_t of a band; `shift`: columns from the window's first to the band's.
+  void input_gradients(const Tile& band, int64_t shift, const Places& at) const {
+    const int64_t first_block = t > 0 || p.dh ? 0 : hidden_blocks;
+    const int64_t end_block = hidden_blocks + (p.dx ? channel_blocks : 0);
+    if (first_block >= end_block) return;
+    const S* in = at.window;
+    if (layout.paired) {
+      for (int64_t g = 0; g < gates; ++g)
+        layout.template split<false>(at.window + g * window_plane, band.rows,
+                                     at.split + g * plane);
+      in = at.split;
+    }
+    const int64_t in_plane = layout.paired ? plane : window_plane;
+    const Blocks blocks(ceil_div(band.columns, kN));
+    const int64_t per_block = gates * layout.parts * layout.taps * kOutputs;
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const bool of_h = block < hidden_blocks;
+      const int64_t first_output = (of_h ? block : block - hidden_blocks) * kOutputs;
+      const int64_t outputs = smaller(kOutputs, (of_h ? p.hidden : p.channels) - first_output);
+      const S* weights = static_cast<const S*>(p.backward_weights) + block * per_block;
+      for (int64_t unit = 0; unit < layout.units(band.rows); ++unit)
+        for (int64_t i = 0; i < blocks.count; ++i) {
+          const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
+          const int64_t column = first * kN, count = band.columns - column;
+          layout.convolve(int(vectors), in + layout.at(unit, 0) + shift + column, in_plane, gates,
+                          gates, weights, at.sums);
+          for (int64_t r = 0; r < layout.unit_rows; ++r) {
+            const int64_t row = layout.row(unit, r);
+            if (row >= band.rows) continue;
+            const int64_t pixel = (band.y + row) * p.width + band.x + column;
+            for (int64_t j = 0; j < outputs; ++j) {
+              const S* sums = at.sums + r * kRow + j * kMaxVectors * kN;
+              const int64_t m = first_output + j;
+              if (!of_h)
+                write(static_cast<N*>(p.dx) +
+                          ((band.b * p.steps + t) * p.channels + m) * this->pixels + pixel,
+                      sums, vectors, count);
+              else if (t > 0)
+                write(dh_plane(t, band.b, m) + pixel, sums, vectors, count);
+              else
+                write(static_cast<N*>(p.dh) + (band.b * p.hidden + m) * this->pixels + pixel, sums,
+                      vectors, count);
             }
-          } else {
-            for (int j = 0; j < count; ++j) {
-              sum += square[j];
-              store(to + j * panel_lanes, square[j]);
+          }
+        }
+    }
+  }
+
+  template <class D>
+  static VSOD_INLINE void write(D* dst, const S* sums, int64_t vectors, int64_t count) {
+    for (int64_t v = 0; v < vectors; ++v)
+      store_first<S>(dst + v * kN, load(sums + v * kN), count - v * kN);
+  }
+
+  // dW and db of a band, added to the group's.  The transpose of F(2, 3): for the gate gradients
+  // e0, e1 of two rows, part 0 of the inputs is multiplied with e0, 1 with e0 + e1, 2 with e0 - e1,
+  // 3 with e1.
+  void weight_gradients(const Tile& band, int64_t shift, const Places& at, S* group) const {
+    const int64_t planes =
+        need_weights ? this->pack_inputs(layout, band, t, plane, false, at.plain, at.inputs) : 0;
+    const int64_t units = layout.units(band.rows), columns = strips.tiling.columns;
+    const int64_t depth_columns = smaller(band.columns, kDepthPixels);
+    const int64_t depth_units = larger(1, kDepthPixels / band.columns);
+    const int64_t sum_stride = layout.parts * layout.taps * panel_lanes;
+    for (int64_t panel = 0; panel < lanes; panel += panel_lanes) {
+      transpose(band, shift, panel, at, group);
+      S* panel_sums = group + panel * (p.channels + p.hidden) * layout.parts * layout.taps;
+      for (int64_t unit = 0; unit < units && planes; unit += depth_units)
+        for (int64_t x = 0; x < band.columns; x += depth_columns) {
+          Depth depth{smaller(depth_units, units - unit),
+                      smaller(depth_columns, band.columns - x), 0, 0};
+          depth.a_row = layout.unit_stride() - depth.columns;
+          depth.b_row = (columns - depth.columns) * panel_lanes;
+          for (int64_t part = 0; part < layout.parts; ++part) {
+            const S* b = at.transposed + ((part * layout.units(strips.band) + unit) * columns + x) *
+                                             panel_lanes;
+            for (int64_t plane = 0; plane < planes; plane += kWeightRows) {
+              const int64_t some = smaller(kWeightRows, planes - plane);
+              for (int64_t tap = 0; tap < layout.taps; ++tap) {
+                const S* a = at.inputs + plane * this->plane + layout.at(unit, part) + x +
+                             layout.offsets[tap];
+                S* sums =
+                    panel_sums + plane * sum_stride + (part * layout.taps + tap) * panel_lanes;
+                if (panel_lanes == kN)
+                  weight_rows<S, 1>(some, a, this->plane, b, kN, depth, sums, sum_stride);
+                else
+                  weight_rows<S, 2>(some, a, this->plane, b, 2 * kN, depth, sums, sum_stride);
+              }
+            }
+          }
+        }
+    }
+  }
+
+  // transposed[part][unit][column][panel lanes] from the window, and its sum over pixels.
+  void transpose(const Tile& band, int64_t shift, int64_t panel, const Places& at,
+                 S* group) const {
+    S* bias_sums = group + group_sums<S>(p) - 3 * p.hidden * kN - lanes;
+    const int64_t per_row = strips.tiling.columns * panel_lanes;
+    const int64_t per_part = layout.units(strips.band) * per_row;
+    const int64_t last_part = layout.parts - 1;
+    for (int64_t lane = 0; lane < panel_lanes; lane += kN) {
+      const int64_t first = panel + lane;
+      Vec<S> sum = {};
+      for (int64_t unit = 0; unit < layout.units(band.rows); ++unit)
+        for (int64_t x = 0; x < band.columns; x += kN) {
+          const int64_t count = smaller(kN, band.columns - x);
+          S* to = at.transposed + unit * per_row + x * panel_lanes + lane;
+          for (int64_t r = 0; r < layout.unit_rows; ++r) {
+            const S* from = at.window + first * window_plane + layout.margin + shift + x +
+                            (layout.row(unit, r) + layout.reach) * layout.pitch;
+            Vec<S> square[kN] = {};
+#pragma GCC unroll 16
+            for (int j = 0; j < kN; ++j)
+              if (first + j < gates) square[j] = load(from + j * window_plane);
+            transpose_square<S>(square);
+            S* rows = to + r * last_part * per_part;
+            if (count == kN) {
+#pragma GCC unroll 16
+              for (int j = 0; j < kN; ++j) store(rows + j * panel_lanes, square[j]);
+            } else {
+              for (int j = 0; j < count; ++j) store(rows + j * panel_lanes, square[j]);
+            }
+          }
+          for (int j = 0; j < count; ++j, to += panel_lanes) {
+            if (layout.paired) {
+              const Vec<S> one = load(to), two = load(to + 3 * per_part);
+              store(to + per_part, one + two);
+              store(to + 2 * per_part, one - two);
+              sum += one + two;
+            } else {
+              sum += load(to);
             }
           }
         }
@@ -875,52 +1159,33 @@ struct Backward : Common<S, N> {
     }
   }
 
-  void weight_gradients(const Tile& tile, int64_t planes, const Places& at, S* group) const {
-    const int64_t tile_pixels = tile.rows * tile.columns;
-    const int64_t columns = smaller(tile.columns, kDepthPixels);
-    const int64_t rows = larger(1, kDepthPixels / tile.columns);
-    const int64_t sum_stride = taps.count * panel_lanes;
-    for (int64_t y = 0; y < tile.rows; y += rows)
-      for (int64_t x = 0; x < tile.columns; x += columns) {
-        Depth depth{smaller(rows, tile.rows - y), smaller(columns, tile.columns - x), 0, 0};
-        depth.a_row = tiling.pitch - depth.columns;
-        depth.b_row = (tile.columns - depth.columns) * panel_lanes;
-        const S* origin =
-            at.packed + (y + tiling.reach) * tiling.pitch + tiling.margin + x;
-        for (int64_t panel = 0; panel < lanes; panel += panel_lanes) {
-          const S* b = at.transposed + panel * tile_pixels +
-                       (y * tile.columns + x) * panel_lanes;
-          S* panel_sums = group + panel * (p.channels + p.hidden) * taps.count;
-          for (int64_t plane = 0; plane < planes; plane += kWeightRows) {
-            const int64_t some = smaller(kWeightRows, planes - plane);
-            for (int64_t tap = 0; tap < taps.count; ++tap) {
-              const S* a = origin + plane * tiling.plane + taps.offsets[tap];
-              S* sums = panel_sums + plane * sum_stride + tap * panel_lanes;
-              if (panel_lanes == kN)
-                weight_rows<S, 1>(some, a, tiling.plane, b, kN, depth, sums, sum_stride);
-              else
-                weight_rows<S, 2>(some, a, tiling.plane, b, 2 * kN, depth, sums, sum_stride);
-            }
-          }
-        }
-      }
-  }
-
   // Adds the groups, in order.  One task is one gate.
   void reduce(int64_t g) const {
     const int64_t planes = p.channels + p.hidden, size = group_sums<S>(p);
+    const int64_t taps = layout.parts * layout.taps, all_taps = p.kernel * p.kernel;
     const S* sums = static_cast<const S*>(p.sums);
     const int64_t panel = g / panel_lanes * panel_lanes;
-    const S* of_gate = sums + panel * planes * taps.count + g % panel_lanes;
+    const S* of_gate = sums + panel * planes * taps + g % panel_lanes;
     for (int64_t plane = 0; plane < planes; ++plane) {
       const bool of_x = plane < p.channels;
       S* to = static_cast<S*>(of_x ? p.dweight_ih : p.dweight_hh);
       if (!to) continue;
-      to += (of_x ? g * p.channels + plane : g * p.hidden + plane - p.channels) * taps.count;
-      for (int64_t tap = 0; tap < taps.count; ++tap)
-        to[tap] = total(of_gate + (plane * taps.count + tap) * panel_lanes, size);
+      to += (of_x ? g * p.channels + plane : g * p.hidden + plane - p.channels) * all_taps;
+      for (int64_t tap = 0; tap < layout.taps; ++tap) {
+        const auto part = [&](int64_t i) {
+          return total(of_gate + (plane * taps + i * layout.taps + tap) * panel_lanes, size);
+        };
+        if (layout.paired) {
+          const S one = part(1), two = part(2);
+          to[tap] = part(0) + (one + two) / 2;
+          to[3 + tap] = (one - two) / 2;
+          to[6 + tap] = (one + two) / 2 + part(3);
+        } else {
+          to[tap] = part(0);
+        }
+      }
     }
-    const S* rest = sums + lanes * planes * taps.count;
+    const S* rest = sums + lanes * planes * taps;
     if (p.dbias) static_cast<S*>(p.dbias)[g] = total(rest + g, size);
     if (p.dpeephole && !p.full_peephole && g < 3 * p.hidden) {
       S sum = 0;
@@ -939,23 +1204,23 @@ template <class S, class N>
 void backward(const Problem& p, Parallel parallel) {
   using Run = Backward<S, N>;
   Run state(p);
-  if (!p.gates) state.pack_forward_weights();
+  if (!p.gates) state.pack_forward_weights(state.layout);
   state.pack_backward_weights();
-  const int64_t end = p.dx || p.dh ? -1 : 0;
-  for (state.t = p.steps - 1; state.t >= end; --state.t) {
+  for (state.t = p.steps - 1; state.t >= 0; --state.t) {
     state.tasks.next = 0;
     parallel(
         [](void* context) {
           Run& run = *static_cast<Run*>(context);
           const Problem& p = run.p;
+          const Tiling& tiling = run.strips.tiling;
           // Whole pixels a group where each pixel has a weight of its own.
           const int64_t unit = p.full_peephole ? p.batch : 1;
-          const int64_t units = run.tiling.tiles(p) / unit;
+          const int64_t units = tiling.tiles(p) / unit;
           for (int64_t group; (group = run.tasks.take()) < p.groups;) {
             S* sums = static_cast<S*>(p.sums) + group * group_sums<S>(p);
             const int64_t last = (group + 1) * units / p.groups * unit;
             for (int64_t i = group * units / p.groups * unit; i < last; ++i)
-              run.run(run.tiling.tile(p, i), sums);
+              run.run(tiling.tile(p, i), sums);
           }
         },
         &state);
@@ -980,8 +1245,8 @@ void activate(const void* x, void* sigmoids, void* tanhs, int64_t count) {
 
 template <class S, class N>
 constexpr Kernel kernel() {
-  return {forward_weights<S>, backward_weights<S>, dgates_elements<S>, group_sums<S>,
-          groups<S>,          forward<S, N>,       backward<S, N>,     activate<S>};
+  return {forward_weights<S>, backward_weights<S>, group_sums<S>, groups<S>,
+          forward<S, N>,      backward<S, N>,      activate<S>};
 }
 
 }  // namespace

@@ -133,10 +133,9 @@ def _backward(
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
         empty = _fake_backward(*grads, *inputs, *kept, dilation, needs, backend)
         return tuple(t.zero_() for t in empty)
-    if chosen == "cpu":
-        return torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
     if chosen == "cuda":
         return torch.ops.vsod_ops.conv_lstm_backward_cuda(*grads, *inputs, *kept, dilation, needs)
+    if chosen == "cpu":
         wide = torch.ops.vsod_ops.conv_lstm_backward_cpu(*grads, *inputs, *kept, dilation, needs)
         return tuple(
             g.to(t.dtype) if need else x.new_empty(0)
