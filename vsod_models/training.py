@@ -96,7 +96,9 @@ class Config:
     out: str = "???"
     model: dict[str, Any] = field(default_factory=lambda: {"name": "mssa"})
     backbone_weights: str | None = None  # torchvision's name or a file
-    initial: str | None = None  # a model to start from: folder, checkpoint or shipped name
+    # A model to start from, after that: folder, checkpoint or shipped name; MSST takes an earlier
+    # stage, whose weights then replace those of the backbone where it has them.
+    initial: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -422,14 +424,14 @@ def make_model(config: Config) -> PretrainedModel:
     torch.manual_seed(config.seed)
     arguments = dict(config.model)
     model = build_model(str(arguments.pop("name", "mssa")), arguments, "recipe")
+    if config.backbone_weights is not None:
+        model.load_backbone(config.backbone_weights)
     if config.initial is not None:
         initial = load_model(config.initial).state_dict()
-        if isinstance(model, MSST):
+        if isinstance(model, MSST):  # of an earlier stage, which may have fewer parts
             model.load_stage(initial, config.initial)
         else:
             load_state(model, initial, config.initial)
-    elif config.backbone_weights is not None:
-        model.load_backbone(config.backbone_weights)
     return model
 
 
