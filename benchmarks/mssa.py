@@ -210,8 +210,9 @@ def run_direction(
     cpu = torch.device("cpu")
     call = getattr(network, direction)
     rows: dict[str, dict[str, Any]] = {}
-    works, first = {}, {}
-    peak = None
+    works: dict[str, measure.Work] = {}
+    first: dict[str, float] = {}
+    peak: int | None = None
     for name in (backend, "reference"):
         rows[name] = {"direction": direction, "backend": name}
         if name == "reference":

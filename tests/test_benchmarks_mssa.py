@@ -42,7 +42,8 @@ def test_records_and_page(tmp_path, capsys):
             (d, b) for d in ("forward", "training") for b in ("cpu", "reference")
         ]
         whole = case["rows"][0]["median_s"]
-        assert sum(row["median_s"] for row in stages.values()) == pytest.approx(whole, rel=0.5)
+        assert case["rows"][0]["repeats"] == 1  # so its laps lie within it
+        assert sum(row["median_s"] for row in stages.values()) <= whole
     table = mssa.markdown(document)
     assert table in capsys.readouterr().out
     assert "| stride 16: attention op |" in table and "| training, 48x48 | 72 + 18 |" in table
@@ -83,13 +84,15 @@ def mssa_arguments():
 
 def test_a_reference_that_does_not_fit_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
-    document = run(tmp_path, "--no-backward")
+    monkeypatch.setattr(measure, "MIN_REPEATS", 2)
+    monkeypatch.setattr(measure, "MAX_REPEATS", 3)
+    document = run(tmp_path, "--no-backward", "--seconds", "600")
     (case,) = document["cases"]
     ours, reference = case["rows"]
-    assert ours["median_s"] > 0 and "median_s" not in reference
+    assert ours["median_s"] > 0 and ours["repeats"] == 3 and "median_s" not in reference
     assert reference["needed_bytes"] == 2 * 4 * 2 * 32 * 32  # two matrices of 2 heads, 32 tokens
     assert reference["free_bytes"] == 1000
-    assert "does not fit | | " in mssa.markdown(document)
+    assert "does not fit |  | " in mssa.markdown(document)
 
 
 @pytest.mark.parametrize("direction", ["forward", "training"])
