@@ -13,7 +13,8 @@ COMMANDS = {
     "dense_crf": "speed and peak memory of dense_crf against pydensecrf",
     "conv_lstm": "speed and peak memory of conv_lstm against every way to write it in torch",
     "msst": "MSST-ConvLSTM from frames to refined masks: time by stage, and of streaming",
-    "report": "rewrite the result tables of README.md from benchmarks/results/",
+    "mssa": "MSSA: time and multiply-adds by stage, and against materialised attention scores",
+    "report": "rewrite the result tables of README.md and docs/ from benchmarks/results/",
 }
 EXTRA_PACKAGES = ("av", "matplotlib", "rich", "torchvision")  # of the extra `bench`
 

@@ -318,7 +318,8 @@ def _commit() -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        pages = (":!benchmarks/results", ":!README.md", ":!docs")  # what `report` writes
+        dirty = git("status", "--porcelain", "--", ".", *pages)
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -347,7 +348,10 @@ def write_results(
 
 
 def bytes_text(count: float | None) -> str:
-    return "" if count is None else f"{count / 1e6:.3g} MB"
+    """Three digits, in MB or GB."""
+    if count is None:
+        return ""
+    return f"{count / 1e6:.3g} MB" if count < 999.5e6 else f"{count / 1e9:.3g} GB"
 
 
 def seconds_text(seconds: float) -> str:

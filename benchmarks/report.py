@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: write the tables of README.md from benchmarks/results/.
+"""`python -m benchmarks report`: write the tables of README.md and docs/ from benchmarks/results/.
 
 A section between `<!-- results:NAME:begin -->` and `<!-- results:NAME:end -->` takes every
 results/MACHINE/NAME.json: its `markdown(document)`, the plots beside it, and links, also to further
@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import BadInput, measure
@@ -18,33 +19,45 @@ _SECTION = re.compile(r"(<!-- results:(\w+):begin -->\n).*?(<!-- results:\2:end 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--readme", type=Path, default=measure.ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=measure.ROOT / "benchmarks" / "results")
+    add = parser.add_argument
+    add("--pages", type=Path, nargs="+", help="default: README.md, and those of docs/ with tables")
+    add("--results", type=Path, default=measure.ROOT / "benchmarks" / "results")
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.readme.is_file():
-        raise BadInput(f"{args.readme} does not exist")
     documents = {path: json.loads(path.read_text()) for path in sorted(
         args.results.glob("*/*.json"), key=lambda path: (path.parent.name, path.stem)
     )}  # fmt: skip
-    text = args.readme.read_text()
-    if not _SECTION.search(text):
-        raise BadInput(f"{args.readme} has no <!-- results:NAME:begin --> section")
+    written = {page: _rewrite(page, args.results, documents) for page in args.pages or _pages()}
+    for page, text in written.items():
+        page.write_text(text)
+    names = ", ".join(page.name for page in written)
+    print(f"wrote {names} from {len(documents)} results")
+    return 0
 
-    def rewrite(section: re.Match) -> str:
-        begin, name, end = section.groups()
+
+def _pages() -> list[Path]:
+    docs = sorted((measure.ROOT / "docs").glob("*.md"))
+    return [measure.ROOT / "README.md", *(p for p in docs if _SECTION.search(p.read_text()))]
+
+
+def _rewrite(page: Path, results: Path, documents: Mapping[Path, dict]) -> str:
+    """The text of `page` with all of its sections filled."""
+    if not page.is_file():
+        raise BadInput(f"{page} does not exist")
+    text = page.read_text()
+    if not _SECTION.search(text):
+        raise BadInput(f"{page} has no <!-- results:NAME:begin --> section")
+
+    def section(match: re.Match) -> str:
+        begin, name, end = match.groups()
         found = {path: doc for path, doc in documents.items() if doc["benchmark"] == name}
         if not found:
-            raise BadInput(f"{args.results} has no results of {name}")
-        parts = [
-            _part(path, doc, args.readme.parent) for path, doc in found.items() if path.stem == name
-        ]
+            raise BadInput(f"{results} has no results of {name}")
+        parts = [_part(path, doc, page.parent) for path, doc in found.items() if path.stem == name]
         return f"{begin}\n" + "\n\n".join(parts) + f"\n\n{end}"
 
-    args.readme.write_text(_SECTION.sub(rewrite, text))
-    print(f"wrote {args.readme.name} from {len(documents)} results")
-    return 0
+    return _SECTION.sub(section, text)
 
 
 def _part(path: Path, document: dict, base: Path) -> str:

@@ -262,7 +262,7 @@ def test_report_rewrites_its_section_alone_and_twice_the_same(tmp_path, capsys):
     readme.write_text(
         "before\n<!-- results:attention:begin -->\nold\n<!-- results:attention:end -->\nafter\n"
     )
-    arguments = ["report", "--readme", str(readme), "--results", str(results.parent)]
+    arguments = ["report", "--pages", str(readme), "--results", str(results.parent)]
     assert main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
@@ -274,7 +274,7 @@ def test_report_rewrites_its_section_alone_and_twice_the_same(tmp_path, capsys):
 
 def test_report_without_results_or_section(tmp_path, capsys):
     readme = tmp_path / "README.md"
-    arguments = ["report", "--readme", str(readme), "--results", str(tmp_path)]
+    arguments = ["report", "--pages", str(readme), "--results", str(tmp_path)]
     for text in (None, "no section", "<!-- results:attention:begin -->\n"):
         if text is not None:
             readme.write_text(text)

@@ -1,0 +1,411 @@
+"""`python -m benchmarks mssa`: where MSSA spends its time, and what the attention op saves.
+
+Stages are laps between hooks of one forward, so that their sum is the whole: "projections" of a
+level are its norms before the attention, Q, K, V and output projections and the reduction;
+"feed-forward" has the other norms and the residual sums; "decoder" has the upsampling.
+Multiply-adds are counted without computing (torch's FLOP counter on fake tensors), those of the
+op as 2 * B * H_g * N * N_g * D for each head group.  Weights are random: times do not depend on
+them.
+"""
+
+import argparse
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsod_ops import ShuntedAttention, backends
+from vsod_ops.shunted_attention import op as attention_op
+
+from . import BadInput, measure
+
+OP = "attention op"
+CHECK_SIZE = 224  # pixels; both backends must agree there before anything is timed
+TRAINING_UP_TO = 448  # pixels; at 896 one step takes minutes
+WIDE = 512  # channels of the other reading of the paper: counted, not run
+# What is off at most, in float32: logits by their largest, the gradient of all parameters by norm.
+TOLERANCES = {"logits": 1e-4, "gradient": 1e-3}
+# N x N_g matrices of one head group that the reference holds at the same time, at least.
+REFERENCE_MATRICES = {"forward": 2, "training": 4}
+
+
+class Wrong(Exception):
+    """The two backends do not agree."""
+
+
+# ---- stages
+
+
+@contextmanager
+def laps(model: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]:
+    """Charge what `read()` grows by, during one forward of `model`, to its stages."""
+    charged: dict[str, float] = {}
+    last = 0.0
+
+    def start(*_: Any) -> None:
+        nonlocal last
+        last = read()
+
+    def charge(stage: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal last
+            now = read()
+            charged[stage] = charged.get(stage, 0.0) + now - last
+            last = now
+
+        return hook
+
+    handles = [
+        model.register_forward_pre_hook(start),
+        model.backbone.register_forward_hook(charge("backbone")),
+        *(lift.register_forward_hook(charge("lift")) for lift in model.lift),
+    ]
+    strides = model.backbone.strides[-len(model.lift) :]
+    for stride, transformer in zip(strides, model.transformers, strict=True):
+        level = f"stride {stride}: "
+        *blocks, norm = transformer
+        for block in blocks:
+            attention = block.attention
+            handles += [
+                attention.key_value[-1].register_forward_hook(charge(level + "projections")),
+                attention.out.register_forward_pre_hook(charge(level + OP)),
+                attention.out.register_forward_hook(charge(level + "projections")),
+                block.register_forward_hook(charge(level + "feed-forward")),
+            ]
+        handles.append(norm.register_forward_hook(charge(level + "feed-forward")))
+    handles.append(model.register_forward_hook(charge("decoder")))
+    try:
+        yield charged
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- arithmetic
+
+
+def build(args: argparse.Namespace, **options: Any) -> Any:
+    from vsod_models.mssa import MSSA
+
+    torch.manual_seed(args.seed)
+    narrow = None if args.width == 1 else {"width": args.width}
+    return MSSA(backbone_options=narrow, **options).eval()
+
+
+@dataclass
+class Count:
+    """Multiply-adds of a forward by stage, and elements of the op's largest score matrix."""
+
+    macs: dict[str, int] = field(default_factory=dict)
+    scores: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.macs.values())
+
+    @property
+    def op(self) -> int:
+        return sum(macs for stage, macs in self.macs.items() if stage.endswith(OP))
+
+
+def count(args: argparse.Namespace, size: int, **options: Any) -> Count:
+    """Of one clip of `size` x `size` pixels, without computing it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    result = Count()
+
+    def op_flops(q: Any, keys: Any, *_: Any, **__: Any) -> int:
+        flops = 0
+        batch, _heads, queries, head_dim = q
+        for _, heads, length, _ in keys:
+            scores = batch * heads * queries * length
+            result.scores = max(result.scores, scores)
+            flops += 2 * 2 * scores * head_dim
+        return flops
+
+    mapping = {torch.ops.vsod_ops.shunted_attention: op_flops}
+    with FakeTensorMode(), torch.no_grad():
+        model, frames = build(args, **options), torch.empty(1, args.frames, 3, size, size)
+        with (
+            FlopCounterMode(display=False, custom_mapping=mapping) as counter,
+            laps(model, counter.get_total_flops) as flops,
+        ):
+            model(frames)
+    result.macs = {stage: int(value) // 2 for stage, value in flops.items()}
+    return result
+
+
+# ---- what is measured
+
+
+class Network:
+    """MSSA on one random clip of (H, W) = (size, size), with either backend of the op."""
+
+    def __init__(self, model: Any, args: argparse.Namespace, size: int):
+        generator = torch.Generator().manual_seed(args.seed)
+        self.model = model
+        self.frames = torch.rand(1, args.frames, 3, size, size, generator=generator)
+        self.mask = torch.zeros(1, args.frames, 1, size, size)
+        self.mask[..., size // 4 : size // 2, size // 4 : size // 2] = 1
+        self.stages: list[dict[str, float]] = []  # seconds, of each forward with our op
+
+    def use(self, backend: str) -> None:
+        for module in self.model.modules():
+            if isinstance(module, ShuntedAttention):
+                module.backend = backend
+
+    def forward(self, backend: str) -> Tensor:
+        self.use(backend)
+        self.model.eval()
+        with torch.inference_mode(), laps(self.model, time.perf_counter) as stages:
+            logits = self.model(self.frames)
+        if backend != "reference":
+            self.stages.append(stages)
+        return logits
+
+    def training(self, backend: str) -> list[Tensor]:
+        """Forward and backward of one clip: the gradients of all parameters."""
+        from vsod_models.losses import mssa_loss
+
+        self.use(backend)
+        self.model.train()
+        mssa_loss(self.model(self.frames), self.mask).backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return gradients
+
+    def check(self, backend: str, directions: Sequence[str]) -> dict[str, float]:
+        """How far `backend` is off the reference; raises Wrong beyond TOLERANCES."""
+        ours, theirs = (self.forward(b).double() for b in (backend, "reference"))
+        off = {"logits": ((ours - theirs).abs().max() / theirs.abs().max()).item()}
+        if "training" in directions:
+            ours, theirs = (
+                torch.cat([g.flatten().double() for g in self.training(b)])
+                for b in (backend, "reference")
+            )
+            off["gradient"] = ((ours - theirs).norm() / theirs.norm()).item()
+        for name, value in off.items():
+            if not value <= TOLERANCES[name]:
+                raise Wrong(f"{name} are off by {value:.2g} of the reference's")
+        return off
+
+
+def run_direction(
+    network: Network, direction: str, backend: str, needed: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Time and peak memory with our op and with the reference, which may need too much memory.
+
+    The call that measures memory is the only sample where all calls together exceed `seconds`.
+    """
+    cpu = torch.device("cpu")
+    call = getattr(network, direction)
+    rows: dict[str, dict[str, Any]] = {}
+    works: dict[str, measure.Work] = {}
+    first: dict[str, float] = {}
+    peak: int | None = None
+    for name in (backend, "reference"):
+        rows[name] = {"direction": direction, "backend": name}
+        if name == "reference":
+            rows[name]["needed_bytes"] = needed
+            free = measure.free_memory(cpu)
+            if needed + (peak or 0) > 0.9 * free:
+                rows[name]["free_bytes"] = int(free)
+                continue
+        works[name] = measure.Work(partial(call, name))
+        _, first[name], peak = measure.call_and_peak(works[name].run, cpu)
+        rows[name]["peak_extra_bytes"] = peak
+    if sum(first.values()) > seconds:
+        timings = {name: measure.Timing.of([value]) for name, value in first.items()}
+    else:
+        network.stages.clear()  # those of the first call, which warms up
+        timings = measure.interleave(works, seconds, cpu, sum(first.values()))
+    for name, t in timings.items():
+        rows[name] |= {"median_s": t.median, "p20_s": t.p20, "p80_s": t.p80, "repeats": t.repeats}
+    return list(rows.values())
+
+
+def run_size(
+    args: argparse.Namespace, model: Any, size: int, backend: str, directions: Sequence[str]
+) -> dict[str, Any]:
+    counted, wide = count(args, size), count(args, size, dim=WIDE)
+    network = Network(model, args, size)
+    rows = []
+    for direction in directions:
+        if direction == "training" and size > TRAINING_UP_TO:
+            continue
+        needed = REFERENCE_MATRICES[direction] * 4 * counted.scores
+        rows += run_direction(network, direction, backend, needed, args.seconds)
+        gc.collect()
+    seconds = {s: statistics.median(lap[s] for lap in network.stages) for s in counted.macs}
+    total = sum(seconds.values())
+    return {
+        "size": size,
+        "tokens": [
+            args.frames * (size // stride) ** 2
+            for stride in model.backbone.strides[-len(model.lift) :]
+        ],
+        "macs": counted.total,
+        "op_share": counted.op / counted.total,
+        "stages": [
+            {
+                "stage": stage,
+                "macs": macs,
+                "share_of_macs": macs / counted.total,
+                "median_s": seconds[stage],
+                "share_of_time": seconds[stage] / total,
+            }
+            for stage, macs in counted.macs.items()
+        ],
+        "rows": rows,
+        f"dim_{WIDE}": {"macs": wide.total, "op_macs": wide.op, "op_share": wide.op / wide.total},
+    }
+
+
+# ---- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[224, 448, 896], metavar="S",
+        help="side of the frames in pixels (default: 224 448 896)")  # fmt: skip
+    add("--frames", type=int, default=5, help="T, frames of a clip (default: 5, as the paper)")
+    add("--width", type=float, default=1.0, help="factor on VGG's channels (default: 1)")
+    add("--threads", type=int, help="CPU threads (default: those of torch)")
+    add("--seconds", type=float, default=15.0,
+        help="time for each size and direction; at least one call each (default: 15)")  # fmt: skip
+    add("--no-backward", action="store_true", help="inference alone")
+    add("--seed", type=int, default=0)
+    add(
+        "--out",
+        type=Path,
+        default=measure.ROOT / "benchmarks" / "out",
+        help="folder for JSON and CSV (default: benchmarks/out)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import vsod_models.mssa  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{error.name} is missing: pip install -e '.[models]'") from None
+    if min(args.sizes) < 16:
+        raise BadInput(f"--sizes must be at least 16 pixels, got {min(args.sizes)}")
+    if args.frames < 1:
+        raise BadInput(f"--frames must be at least 1, got {args.frames}")
+    if args.threads is not None and args.threads < 1:
+        raise BadInput(f"--threads must be at least 1, got {args.threads}")
+    if not 0 < args.seconds < math.inf:
+        raise BadInput(f"--seconds must be a positive number, got {args.seconds}")
+    if not 0 < args.width <= 1:
+        raise BadInput(f"--width must be in (0, 1], got {args.width}")
+    measure.one_heap()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, sizes = torch.device("cpu"), sorted(set(args.sizes))
+    directions = ["forward"] if args.no_backward else ["forward", "training"]
+    backend = backends.choose(
+        "shunted_attention", attention_op.SUPPORT, None, device.type, torch.float32
+    )
+    if backend == "reference":
+        raise BadInput("shunted_attention has no compiled backend here: nothing to compare")
+
+    document = measure.record("mssa", device, vars(args))
+    document |= {"backend": backend, "load_before": measure.load_average()}
+    print(f"{document['machine']['line']}; shunted_attention runs on {backend}")
+    model = build(args)
+    checked = Network(model, args, min(CHECK_SIZE, sizes[0]))
+    try:
+        off = checked.check(backend, directions)
+    except Wrong as error:
+        print(f"WRONG, not timed: {error}")
+        return 1
+    document["check"] = {"size": checked.frames.shape[-1], "off": off, "tolerances": TOLERANCES}
+    document["cases"] = []
+    for size in sizes:
+        document["cases"].append(run_size(args, model, size, backend, directions))
+        print(f"{size}: done", flush=True)
+    document["load_after"] = measure.load_average()
+    print(markdown(document))
+    rows = [
+        {"size": case["size"], **row}
+        for case in document["cases"]
+        for row in [*case["stages"], *case["rows"]]
+    ]
+    paths = measure.write_results(document, rows, args.out, "mssa")
+    print("wrote " + ", ".join(path.name for path in paths))
+    return 0
+
+
+# ---- tables
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The summary of one results document, as Markdown tables."""
+    text, cases, options = measure.seconds_text, document["cases"], document["options"]
+    narrow = "" if options["width"] == 1 else f" with {options['width']:g} of its channels"
+    lines = [
+        f"| forward, {options['frames']} frames, VGG16-BN{narrow}: share of multiply-adds / time |"
+        + "".join(f" {case['size']}x{case['size']} |" for case in cases),
+        "| --- |" + " ---: |" * len(cases),
+    ]
+    for stages in zip(*(case["stages"] for case in cases), strict=True):
+        cells = (f" {s['share_of_macs']:.1%} / {s['share_of_time']:.1%} |" for s in stages)
+        lines.append(f"| {stages[0]['stage']} |" + "".join(cells))
+    totals = (
+        f" {case['macs'] / 1e9:.3g} GMAC / {text(sum(s['median_s'] for s in case['stages']))} |"
+        for case in cases
+    )
+    lines += [
+        "| all |" + "".join(totals),
+        "",
+        "| | tokens | time | reference | speed-up | memory | reference |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in cases:
+        for ours, reference in zip(case["rows"][::2], case["rows"][1::2], strict=True):
+            cells = [f"{ours['direction']}, {case['size']}x{case['size']}"]
+            cells += [" + ".join(f"{n:,}" for n in case["tokens"]), text(ours["median_s"])]
+            if "median_s" in reference:
+                cells.append(text(reference["median_s"]))
+                cells.append(f"{reference['median_s'] / ours['median_s']:.2f}x")
+                theirs = measure.bytes_text(reference["peak_extra_bytes"])
+            else:
+                cells += ["does not fit", ""]
+                theirs = (
+                    f"at least {measure.bytes_text(reference['needed_bytes'])} "
+                    f"({measure.bytes_text(reference['free_bytes'])} free)"
+                )
+            cells += [measure.bytes_text(ours["peak_extra_bytes"]), theirs]
+            lines.append("| " + " | ".join(cells) + " |")
+    wide = ", ".join(
+        f"{case[f'dim_{WIDE}']['op_share']:.1%} of {case[f'dim_{WIDE}']['macs'] / 1e9:.3g} GMAC "
+        f"at {case['size']}"
+        for case in cases
+    )
+    shares = ", ".join(f"{case['op_share']:.1%} at {case['size']}" for case in cases)
+    off = ", ".join(f"{name} by {value:.1g}" for name, value in document["check"]["off"].items())
+    single = [
+        f"{row['direction']} at {case['size']}"
+        for case in cases
+        for row in case["rows"][::2]
+        if row["repeats"] == 1
+    ]
+    note = (
+        'The reference is the same network with materialised scores (`backend="reference"`). '
+        f"The op's share of the multiply-adds: {shares}; with {WIDE} channels (counted, not run): "
+        f"{wide}. Before timing, at {document['check']['size']} pixels, the two differ relative "
+        f"to the reference: {off}."
+    )
+    if single:
+        note += f" One call each, without warm-up: {', '.join(single)}."
+    return "\n".join([*lines, "", note])
