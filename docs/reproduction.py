@@ -1,0 +1,62 @@
+"""Writes the tables and the pictures of reproduction.md from the JSON files of `vsod eval`.
+
+python docs/reproduction.py [RESULTS]
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("reproduction.md")
+RESULTS = PAGE.parent.parent / "benchmarks/results/amd-epyc-zen4-2-threads/reproduction"
+MEASURES = ("MAE", "maxF", "S", "maxE", "wF")
+
+
+def row(title: str, path: Path) -> str:
+    overall = json.loads(path.read_text())["overall"]
+    return f"| {title} | " + " | ".join(f"{overall[name]:.4f}" for name in MEASURES) + " |"
+
+
+def table(first: str, rows: list[tuple[str, str]], results: Path) -> str:
+    head = [f"| {first} | " + " | ".join(MEASURES) + " |", "| --- |" + " ---: |" * len(MEASURES)]
+    there = [(title, results / f"{name}.json") for title, name in rows]
+    return "\n".join(head + [row(title, path) for title, path in there if path.exists()])
+
+
+TABLES = {
+    "mssa": ("model, gamma, seed", [
+        (f"{title}, {gamma}, {seed}", f"{model}-{gamma}-{seed}")
+        for gamma in ("balanced", "paper")
+        for model, title in (("baseline", "baseline (r = 1)"), ("mssa", "MSSA (r = 1, 2)"))
+        for seed in (0, 1)
+    ]),
+    "msst": ("configuration", [
+        (f"{name}{title}", f"{name}{ending}")
+        for name in ("os", "st", "full")
+        for title, ending in (("", ""), (" + CRF", "-crf"))
+    ]),
+    "coarse": ("labels", [
+        ("half of the sequences, fine", "half"),
+        ("the same and the other half coarse, weight 0.5", "coarse"),
+    ]),
+    "tiny": ("clips", [
+        ("DAVIS val, 10 sequences", "tiny-davis"),
+        ("synthetic val, 20 clips", "tiny-synthetic"),
+    ]),
+}  # fmt: skip
+
+
+def main() -> None:
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    text = PAGE.read_text()
+    for name, (first, rows) in TABLES.items():
+        begin, end = f"<!-- table:{name}:begin -->", f"<!-- table:{name}:end -->"
+        between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        filled = f"{begin}\n\n{table(first, rows, results)}\n\n{end}"
+        text = between.sub(lambda _, filled=filled: filled, text)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
