@@ -474,3 +474,19 @@ def test_real_clips(tmp_path, name):
     expected, expected_times = decode(path)
     assert len(pictures) == written.frames == source.frames
     assert pictures[0].shape == expected[0].shape and times == expected_times
+
+
+def test_the_model_in_the_package():
+    """mssa-tiny finds objects on clips that it has not seen, and is small enough to ship."""
+    from vsod_models.data.synthetic import synthetic_clip
+
+    folder = pretrained.SHIPPED / "mssa-tiny"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    predictor = VideoPredictor(pretrained.load_model("mssa-tiny"), "cpu")
+    inside, outside = [], []
+    for index in range(6):
+        images, masks = synthetic_clip(0, index, 3, (160, 160), split="val")
+        for saliency, mask in zip(predictor.predict_clip(list(images)), masks, strict=True):
+            inside.append(saliency[mask == 1].mean())
+            outside.append(saliency[mask == 0].mean())
+    assert np.mean(inside) > 2 * np.mean(outside), (np.mean(inside), np.mean(outside))
