@@ -15,7 +15,7 @@ from .errors import InputError
 SHIPPED = Path(__file__).parent / "weights"
 
 
-class PretrainedModel(
+class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the library is missing
     nn.Module,
     PyTorchModelHubMixin,
     library_name="vsod-ops",

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeAlias
 
 import cv2
 import numpy as np
@@ -37,7 +38,7 @@ PHOTOS = (
 )  # fmt: skip
 SURFACES = ("brick.png", "grass.png", "gravel.png")
 
-Random = np.random.Generator
+Random: TypeAlias = np.random.Generator
 
 
 def open_synthetic(
