@@ -393,7 +393,9 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     path = make_video(tmp_path / "in.mp4", frames=500)
     code = textwrap.dedent(
         f"""
-        import sys, time
+        import signal, sys, time
+        # A shell starts what it runs in the background with Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_prediction import Windowed
         from vsod_models import cli, pretrained
