@@ -1,8 +1,9 @@
 """`python -m benchmarks msst`: MSST-ConvLSTM from decoded frames to a refined mask, by stage.
 
 One window is T = 4 frames and gives the mask of the last.  Stages run one after another on the
-results of those before them; `window` runs all of them.  A video is measured per frame in two
-ways: each window anew, and streaming, which carries the branch maps of the frames before.
+results of those before them; "window by window" runs all of them.  A video is measured per frame
+in three ways: each window anew, the same with the priors of the frames before kept, and streaming,
+which carries the branch maps of the frames before.
 Weights are random: times do not depend on them.
 """
 
@@ -23,7 +24,8 @@ from . import BadInput, measure
 from .dense_crf import _size
 
 STAGES = ("flow", "prior", "spatial", "temporal", "ConvLSTM", "fusion", "CRF")
-WAYS = ("window by window", "streaming")
+WAYS = ("window by window", "window by window, priors kept", "streaming")
+NETWORK = "network alone, "
 PAPER = {"machine": "TITAN X, 2018", "network_s": 2.1, "crf_s": 0.8, "window_s": 2.9}
 
 
@@ -90,8 +92,8 @@ class Pipeline:
     def window(self, flows: int | None = None, prior: Tensor | None = None) -> Tensor:
         """From decoded frames to a refined mask.
 
-        A video by windows makes the prior of its new frame alone (`flows` = 1): those of the
-        others, `prior`, are kept.
+        With `flows` = 1 it makes the prior of its new frame alone: those of the others, `prior`,
+        are kept.
         """
         new = self.prior(self.flow(flows))
         prior = new if prior is None else torch.cat([prior[:, flows:], new], 1)
@@ -128,11 +130,11 @@ def calls(pipeline: Pipeline) -> dict[str, Callable[[], object]]:
         "ConvLSTM": lambda: model.recur(maps, pipeline.size),
         "fusion": lambda: model.fuse(maps, o_last, pipeline.size),
         "CRF": lambda: pipeline.refined(logits),
-        "window": pipeline.window,
-        WAYS[0]: partial(pipeline.window, 1, prior),
-        WAYS[1]: partial(pipeline.streamed, carried),
-        f"network, {WAYS[0]}": lambda: model(images, prior),
-        f"network, {WAYS[1]}": lambda: pipeline.network_streamed(prior[:, -1:], carried),
+        WAYS[0]: pipeline.window,
+        WAYS[1]: partial(pipeline.window, 1, prior),
+        WAYS[2]: partial(pipeline.streamed, carried),
+        NETWORK + WAYS[0]: lambda: model(images, prior),
+        NETWORK + WAYS[2]: lambda: pipeline.network_streamed(prior[:, -1:], carried),
     }
 
 
@@ -222,19 +224,19 @@ def run(args: argparse.Namespace) -> int:
     ]
     document["load_after"] = measure.load_average()
     print(markdown(document))
-    paths = measure.write_results(document, rows, args.out, f"msst-{device.type}")
+    paths = measure.write_results(document, rows, args.out, "msst")
     print("wrote " + ", ".join(path.name for path in paths))
     return 0
 
 
 def summary(seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The two numbers that are promised, from median seconds."""
+    """Share of two stages, and how many times as fast as each other way streaming is."""
     total = sum(seconds[name] for name in STAGES)
+    streaming = {name: seconds[name] / seconds[WAYS[2]] for name in WAYS[:2]}
+    network = seconds[NETWORK + WAYS[0]] / seconds[NETWORK + WAYS[2]]
     return {
         "conv_lstm_and_crf_share": (seconds["ConvLSTM"] + seconds["CRF"]) / total,
-        "streaming_speedup": seconds[WAYS[0]] / seconds[WAYS[1]],
-        "network_streaming_speedup": seconds[f"network, {WAYS[0]}"]
-        / seconds[f"network, {WAYS[1]}"],
+        "streaming_speedup": {**streaming, NETWORK + WAYS[0]: network},
     }
 
 
@@ -255,25 +257,24 @@ def markdown(document: Mapping[str, Any]) -> str:
     ]
     lines += [f"| {s} | {text(seconds[s])} | {seconds[s] / total:.1%} |" for s in STAGES]
     lines += [
-        f"| all, in one run | {text(seconds['window'])} | |",
+        f"| all, in one run | {text(seconds[WAYS[0]])} | |",
         f"| networks, ConvLSTM and fusion | {text(network)} | |",
         f"| the paper: networks | {text(paper['network_s'])} ({paper['machine']}) | |",
         f"| the paper: CRF | {text(paper['crf_s'])} | |",
         f"| the paper: all | {text(paper['window_s'])} | |",
         "",
-        "| a frame of a video | window by window | streaming | speed-up |",
+        "| a frame of a video | time | streaming | speed-up |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for name, prefix, key in (
-        ("all", "", "streaming_speedup"),
-        ("network alone", "network, ", "network_streaming_speedup"),
-    ):
-        times = " | ".join(text(seconds[prefix + way]) for way in WAYS)
-        lines.append(f"| {name} | {times} | {case[key]:.1f}x |")
+    for name, speedup in case["streaming_speedup"].items():
+        streaming = (NETWORK if name.startswith(NETWORK) else "") + WAYS[2]
+        lines.append(
+            f"| {name} | {text(seconds[name])} | {text(seconds[streaming])} | {speedup:.1f}x |"
+        )
     resolution = "the frames'" if options["full_resolution"] else "branch"
     note = (
         f"Backbone {options['backbone']}, prior {options['prior']}, ConvLSTM at {resolution} "
-        f"resolution; ConvLSTM and CRF together {case['conv_lstm_and_crf_share']:.1%}. Window by "
-        "window makes the flow and prior of its new frame alone, as streaming does."
+        f"resolution; ConvLSTM and CRF together {case['conv_lstm_and_crf_share']:.1%}. Peak memory "
+        f"of a window, beside frames and weights: {measure.bytes_text(case['peak_extra_bytes'])}."
     )
     return "\n".join([*lines, "", note])
