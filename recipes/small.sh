@@ -53,8 +53,8 @@ train st-1 small-msst-st "${data[@]}" initial="$out/os-1/model" backbone_weights
 train st small-msst-st "${data[@]}" "${after[@]}" initial="$out/st-1/model"
 train full small-msst-full "${data[@]}" "${after[@]}" initial="$out/st-1/model"
 for model in os st full; do
-  score "$model" "$model" --prior "$out/prior"
-  score "$model-crf" "$model" --prior "$out/prior" --crf
+  score "$model" "$model"
+  score "$model-crf" "$model" --crf dss
 done
 
 # Coarse labels: every second training sequence as if it had no masks.

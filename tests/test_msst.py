@@ -1,7 +1,9 @@
 """MSST: shapes, the paper's ablations, windows over carried features, stages, disk."""
 
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -221,11 +223,22 @@ def test_predict_command(tmp_path, capsys):
             main(["predict", *map(str, (*paths, "--device", "cpu", *options))])
         return exit.value.code
 
-    assert predict("msst", "--crf") == 0
+    assert predict("msst", "--crf", "dss") == 0
+    assert "prior flow-magnitude\n" in capsys.readouterr().out
     masks = sorted((tmp_path / "out").iterdir())
     assert [cv2.imread(str(p)).shape for p in masks] == [(41, 57, 3)] * 3
     assert predict("msst", "--prior", tmp_path / "prior", out="other") == 0
     assert predict("msst", "--prior", "raft", out="third") == 2
+    assert predict("msst", "--crf", "sharp", out="third") == 2
+    assert "crf must be one of dss, deeplab, got sharp" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "prior", tmp_path / "msst" / "prior")  # as `vsod train` leaves it
+    assert predict("msst", out="with its prior") == 0
+    assert f"prior {tmp_path / 'msst' / 'prior'}\n" in capsys.readouterr().out
+    expected, found = (
+        [cv2.imread(str(p)) for p in sorted((tmp_path / name).iterdir())]
+        for name in ("other", "with its prior")
+    )
+    assert all(map(np.array_equal, expected, found))
     assert predict("prior", out="third") == 2
     assert "a motion prior, not a model of saliency" in capsys.readouterr().err
 

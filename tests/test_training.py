@@ -176,6 +176,7 @@ def test_the_three_stages_of_msst(tmp_path):
     from vsod_models.cli import app
     from vsod_models.coarse_labels import make_labels
     from vsod_models.data import open_dataset
+    from vsod_models.motion_prior import MotionPrior, load_prior, prior_of
 
     data = tmp_path / "data"
     options = ["--clips", "3", "--val-clips", "1", "--frames", "4", "--height", "40"]
@@ -191,14 +192,21 @@ def test_the_three_stages_of_msst(tmp_path):
         f"data.roots.folder={data}", f"data.prior_cache={tmp_path}/priors",
         "iterations=2", "batch_size=2", "checkpoint_every=2", "validate_every=2", "accelerator=cpu",
     ]  # fmt: skip
+    MotionPrior(None, scales=(50,), hidden=4).save_pretrained(tmp_path / "regions")
     for stage, before in (("os", None), ("st", "os"), ("full", "st")):
         changes = [*small, f"out={tmp_path}/{stage}"]
+        changes += [f"data.prior={tmp_path}/regions"] if stage == "full" else []
         changes.append(f"initial={tmp_path}/{before}/model" if before else "initial=null")
         train(read_config(ROOT / "recipes" / f"msst-{stage}.yaml", changes))
     full, os_stage = weights(tmp_path / "full"), weights(tmp_path / "os")
     assert any(name.startswith("lstm.") for name in full)
     assert set(os_stage) < set(full)
-    assert len(list((tmp_path / "priors").rglob("*.png"))) == 12
+    assert len(list((tmp_path / "priors").rglob("*.png"))) == 2 * 12, "of two kinds"
+    assert prior_of(tmp_path / "st" / "model") == prior_of(tmp_path / "st" / "last.ckpt")
+    assert prior_of(tmp_path / "st" / "model") == "flow-magnitude"
+    assert prior_of(tmp_path / "full" / "last.ckpt") == str(tmp_path / "regions")
+    kept = load_prior(prior_of(tmp_path / "full" / "model"))
+    assert kept.key() == load_prior(tmp_path / "regions").key()
     assert load_model(tmp_path / "full" / "model").configuration == "full"
 
 

@@ -413,10 +413,15 @@ def predict(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows that run at once.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    crf: Annotated[bool, typer.Option("--crf", help="Refine masks with a dense CRF.")] = False,
+    crf: Annotated[
+        str | None, typer.Option(help="Refine masks with a dense CRF: preset dss or deeplab.")
+    ] = None,
     prior: Annotated[
-        str, typer.Option(help="Of MSST: flow-magnitude, or a folder of `prior train`.")
-    ] = "flow-magnitude",
+        str | None,
+        typer.Option(
+            help="Of MSST: flow-magnitude, or a folder of `prior train`; default: as trained."
+        ),
+    ] = None,
     rate: Annotated[float, typer.Option(help="Frames a second, for pictures.")] = 25.0,
     background: Annotated[str, typer.Option(help="Colour behind a cutout.")] = "#ffffff",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
@@ -441,11 +446,12 @@ def predict(
     loaded = pretrained.load_model(model)
     if not hasattr(loaded, "clip_length"):
         raise InputError(f"{model}: a motion prior, not a model of saliency; it goes to --prior")
-    make_prior = None
+    make_prior, with_prior = None, ""
     if loaded.needs_prior:
-        from .motion_prior import frame_prior, load_prior
+        from .motion_prior import frame_prior, load_prior, prior_of
 
-        make_prior = functools.partial(frame_prior, load_prior(prior))
+        name = prior or prior_of(model)
+        make_prior, with_prior = functools.partial(frame_prior, load_prior(name)), f", prior {name}"
     predictor = prediction.VideoPredictor(
         loaded,
         device,
@@ -457,7 +463,7 @@ def predict(
         prior=make_prior,
         name=Path(model).name,
     )
-    print(predictor.describe(), flush=True)
+    print(predictor.describe() + with_prior, flush=True)
     if dataset is not None:
         with prediction.progress_bar(len(records)) as progress:
             frames = prediction.predict_dataset(

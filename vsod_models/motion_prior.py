@@ -32,7 +32,7 @@ from .backbones import Backbone
 from .data.records import Record, Records
 from .errors import InputError
 from .files import whole_file
-from .pretrained import PretrainedModel, load_model
+from .pretrained import PretrainedModel, load_model, read_checkpoint
 
 FLOW_MAGNITUDE = "flow-magnitude"
 STATISTICS = 11  # numbers of flow_statistics
@@ -340,6 +340,20 @@ def load_prior(source: str | Path) -> PriorSource:
     if not isinstance(model, MotionPrior):
         raise InputError(f"{source}: a {type(model).__name__}, not a motion prior")
     return model
+
+
+def prior_of(model: str | Path) -> str:
+    """What to give to `load_prior` for a saved model: the prior that it was trained with.
+
+    Args:
+        model: as for :func:`vsod_models.pretrained.load_model`.  A folder of a training holds a
+            region prior in its folder `prior`; a checkpoint names it.
+    """
+    path = Path(model)
+    if path.is_file():
+        return read_checkpoint(path)[0]["data"]["prior"]
+    beside = path / "prior"
+    return str(beside) if beside.is_dir() else FLOW_MAGNITUDE
 
 
 # ---- priors of frames

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as pictures
 
 import vsod_ops
 from vsod_ops import backends
+from vsod_ops.dense_crf import PRESETS
 from vsod_ops.doctor import OPS
 
 from .data.records import Record, Records
@@ -141,7 +142,8 @@ class VideoPredictor:
         overlap: frames that neighbouring windows share; None: 2, less for windows of 1 or 2.
         batch: windows that go through the model at once; None: 1 on the CPU, 4 elsewhere.
         precision: "float32", or "bfloat16" or "float16" for autocast.
-        crf: refine each mask with :func:`vsod_ops.dense_crf` at the frame's size.
+        crf: refine each mask with :func:`vsod_ops.dense_crf` at the frame's size, with the numbers
+            of this preset, "dss" or "deeplab".
         prior: `prior(frame, neighbour) -> (H, W)` in [0, 1], for a model that needs a motion
             prior; the neighbour is the next frame, and for the last one the frame before it.
         name: of the model, for `describe`.
@@ -158,7 +160,7 @@ class VideoPredictor:
         overlap: int | None = None,
         batch: int | None = None,
         precision: str = "float32",
-        crf: bool = False,
+        crf: str | None = None,
         prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
         name: str | None = None,
     ):
@@ -194,6 +196,8 @@ class VideoPredictor:
         self.dtype = dtypes[precision]
         if self.model.needs_prior and prior is None:
             raise InputError(f"model {self.name} needs a motion prior: pass prior=")
+        if crf is not None and crf not in PRESETS:
+            raise InputError(f"crf must be one of {', '.join(PRESETS)}, got {crf}")
         self.crf, self.prior = crf, prior
 
     def describe(self) -> str:
@@ -207,7 +211,7 @@ class VideoPredictor:
                 chosen["shunted_attention"] = module.backend
             elif isinstance(module, vsod_ops.ConvLSTM):
                 chosen["conv_lstm"] = module.backend
-        if self.crf:
+        if self.crf is not None:
             chosen["dense_crf"] = None
         lines = [f"device {device}", f"model {self.name}", str(self.dtype).removeprefix("torch.")]
         for op, backend in chosen.items():
@@ -353,10 +357,11 @@ class VideoPredictor:
         small = (one.total / one.weight).cpu().numpy()
         height, width = one.frame.picture.shape[:2]
         saliency = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
-        if self.crf:
+        if self.crf is not None:
             picture = torch.from_numpy(one.frame.picture).movedim(-1, 0)[None].to(self.device)
             probability = torch.from_numpy(saliency)[None].to(self.device)
-            saliency = vsod_ops.dense_crf(probability, picture)[0].cpu().numpy()
+            refined = vsod_ops.dense_crf(probability, picture, preset=self.crf)
+            saliency = refined[0].cpu().numpy()
         return saliency
 
 

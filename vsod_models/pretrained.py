@@ -110,18 +110,17 @@ def _from_folder(folder: Path) -> PretrainedModel:
 
 def _from_checkpoint(file: Path) -> PretrainedModel:
     config, state = read_checkpoint(file)
-    name = config.pop("name")
-    model = build_model(name, config, str(file))
+    arguments = dict(config["model"])
+    model = build_model(arguments.pop("name", "mssa"), arguments, str(file))
     load_state(model, state, str(file))
     return model
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The model section of the configuration, and the weights, of a checkpoint of a training."""
+    """The configuration, and the weights of the model, of a checkpoint of a training."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        config = dict(checkpoint["config"]["model"])
-        state = checkpoint["state_dict"]
+        config, state = checkpoint["config"], checkpoint["state_dict"]
     except FileNotFoundError:
         raise InputError(f"{file}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file

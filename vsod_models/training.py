@@ -38,7 +38,7 @@ from .data.transforms import Augmentation
 from .errors import InputError
 from .files import whole_file
 from .losses import mssa_loss, msst_loss
-from .motion_prior import frame_prior, load_prior, make_priors
+from .motion_prior import FLOW_MAGNITUDE, MotionPrior, frame_prior, load_prior, make_priors
 from .msst import MSST
 from .pretrained import PretrainedModel, build_model, load_model, load_state
 
@@ -522,6 +522,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
         model.save_pretrained(out / "model")
+        if model.needs_prior and config.data.prior != FLOW_MAGNITUDE:
+            prior = load_prior(config.data.prior)
+            assert isinstance(prior, MotionPrior)
+            prior.save_pretrained(out / "model" / "prior")  # so that the folder is all one needs
     return out / "model"
 
 
