@@ -40,6 +40,7 @@ TABLES = {
         ("half of the sequences, fine", "half"),
         ("the same and the other half coarse, weight 0.5", "coarse"),
     ]),
+    "small": ("clips", [("held out, 4 clips, + CRF", "msst-small")]),
     "tiny": ("clips", [
         ("DAVIS val, 10 sequences", "tiny-davis"),
         ("synthetic val, 20 clips", "tiny-synthetic"),
