@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # The tables of docs/reproduction.md: both systems in small, on a CPU.
 #
-#   VSOD_DATA=DIR BACKBONE=mobilenet_v2.safetensors bash recipes/small.sh OUT
+#   VSOD_DATA=DIR BACKBONE=mobilenet_v2.safetensors bash recipes/small.sh OUT [mssa] [msst] [coarse]
 #
 # VSOD_DATA holds davis16-270p (DAVIS-2016 in its official layout, at any size) and duts-tr-499 (any
 # images/ and masks/); BACKBONE is MobileNetV2 with torchvision's key names.  What is there already
-# is kept, so a run that was stopped goes on.  About two hours on two cores.
+# is kept, so a run that was stopped goes on.  Hours on two cores; SEEDS="0" halves that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1
 davis=$VSOD_DATA/davis16-270p
 stills=$VSOD_DATA/duts-tr-499
 results=$out/results
+seeds=${SEEDS:-0 1}
 mkdir -p "$out" "$results"
 
 train() { # name recipe key=value ...
@@ -25,50 +26,68 @@ score() { # name of the numbers, name of the run, options of vsod predict
 }
 
 # MSSA and its baseline: stills, then videos; both readings of gamma, two seeds.
-for gamma in balanced paper; do
-  for seed in 0 1; do
-    for model in mssa baseline; do
-      reductions="[1,2]"
-      [ $model = baseline ] && reductions="[1]"
-      name=$model-$gamma-$seed
-      same=(model.reductions=$reductions seed=$seed loss.positive_weight=$gamma)
-      train "$name-pre" small-pretrain "${same[@]}" backbone_weights="$BACKBONE" \
-        data.roots.stills="$stills"
-      train "$name" small-finetune "${same[@]}" initial="$out/$name-pre/model" \
-        data.roots.davis16="$davis"
-      score "$name" "$name"
+mssa() {
+  for gamma in balanced paper; do
+    for seed in $seeds; do
+      for model in mssa baseline; do
+        reductions="[1,2]"
+        [ $model = baseline ] && reductions="[1]"
+        name=$model-$gamma-$seed
+        same=(model.reductions=$reductions seed=$seed loss.positive_weight=$gamma)
+        train "$name-pre" small-pretrain "${same[@]}" backbone_weights="$BACKBONE" \
+          data.roots.stills="$stills"
+        train "$name" small-finetune "${same[@]}" initial="$out/$name-pre/model" \
+          data.roots.davis16="$davis"
+        score "$name" "$name"
+      done
     done
   done
-done
+}
 
 # MSST: 360 iterations in all for each configuration, in stages.
-[ -d "$out/prior" ] || vsod prior train davis16 "$davis" -o "$out/prior" --frames 200 \
-  --backbone mobilenet_v2 --weights "$BACKBONE"
-data=(data.roots.davis16="$davis" data.prior="$out/prior" data.prior_cache="$out/priors")
-after=(backbone_weights=null)
-train os-1 small-msst-os "${data[@]}" backbone_weights="$BACKBONE"
-train os small-msst-os "${data[@]}" "${after[@]}" initial="$out/os-1/model" \
-  iterations=240 optimizer.halve_every=160
-train st-1 small-msst-st "${data[@]}" initial="$out/os-1/model" backbone_weights="$BACKBONE"
-train st small-msst-st "${data[@]}" "${after[@]}" initial="$out/st-1/model"
-train full small-msst-full "${data[@]}" "${after[@]}" initial="$out/st-1/model"
-for model in os st full; do
-  score "$model" "$model"
-  score "$model-crf" "$model" --crf dss
-done
+msst() {
+  [ -d "$out/prior" ] || vsod prior train davis16 "$davis" -o "$out/prior" --frames 200 \
+    --backbone mobilenet_v2 --weights "$BACKBONE"
+  for seed in $seeds; do
+    same=(seed="$seed" data.roots.davis16="$davis" data.prior="$out/prior" data.prior_cache="$out/priors")
+    after=("${same[@]}" backbone_weights=null)
+    os=$out/os-first-$seed/model
+    st=$out/st-first-$seed/model
+    train "os-first-$seed" small-msst-os "${same[@]}" backbone_weights="$BACKBONE"
+    train "os-$seed" small-msst-os "${after[@]}" initial="$os" iterations=240 \
+      optimizer.halve_every=160
+    train "st-first-$seed" small-msst-st "${same[@]}" initial="$os" backbone_weights="$BACKBONE"
+    train "st-$seed" small-msst-st "${after[@]}" initial="$st"
+    train "full-$seed" small-msst-full "${after[@]}" initial="$st"
+    for model in os st full; do
+      score "$model-$seed" "$model-$seed"
+      score "$model-$seed-crf" "$model-$seed" --crf dss
+    done
+  done
+}
 
 # Coarse labels: every second training sequence as if it had no masks.
-half=$out/half
-mkdir -p "$half/ImageSets/480p"
-ln -sfn "$(realpath "$davis/JPEGImages")" "$half/JPEGImages"
-ln -sfn "$(realpath "$davis/Annotations")" "$half/Annotations"
-cut -d/ -f4 "$davis/ImageSets/480p/train.txt" | sort -u | sed -n 'p;n' >"$half/ImageSets/480p/fine.txt"
-cut -d/ -f4 "$davis/ImageSets/480p/train.txt" | sort -u | sed -n 'n;p' >"$half/ImageSets/480p/rest.txt"
-[ -d "$out/coarse" ] || vsod label coarse davis16 "$davis" -o "$out/coarse" --fit --auto-erase \
-  --sequences "$(paste -sd, "$half/ImageSets/480p/rest.txt")"
-half_run=(data.roots.davis16="$half" backbone_weights="$BACKBONE")
-train half small-msst-os "${half_run[@]}" data.train='[{dataset: davis16, split: fine}]'
-train coarse small-msst-os "${half_run[@]}" data.label_weights.coarse=0.5 \
-  data.train="[{dataset: davis16, split: fine},{dataset: davis16, split: rest, labels: $out/coarse}]"
-score half half
-score coarse coarse
+coarse() {
+  half=$out/half
+  mkdir -p "$half/ImageSets/480p"
+  ln -sfn "$(realpath "$davis/JPEGImages")" "$half/JPEGImages"
+  ln -sfn "$(realpath "$davis/Annotations")" "$half/Annotations"
+  cut -d/ -f4 "$davis/ImageSets/480p/train.txt" | sort -u | sed -n 'p;n' >"$half/ImageSets/480p/fine.txt"
+  cut -d/ -f4 "$davis/ImageSets/480p/train.txt" | sort -u | sed -n 'n;p' >"$half/ImageSets/480p/rest.txt"
+  [ -d "$out/coarse" ] || vsod label coarse davis16 "$davis" -o "$out/coarse" --fit --auto-erase \
+    --sequences "$(paste -sd, "$half/ImageSets/480p/rest.txt")"
+  for seed in $seeds; do
+    same=(seed="$seed" data.roots.davis16="$half" backbone_weights="$BACKBONE")
+    train "half-$seed" small-msst-os "${same[@]}" data.train='[{dataset: davis16, split: fine}]'
+    train "coarse-$seed" small-msst-os "${same[@]}" data.label_weights.coarse=0.5 \
+      data.train="[{dataset: davis16, split: fine},{dataset: davis16, split: rest, labels: $out/coarse}]"
+    score "half-$seed" "half-$seed"
+    score "coarse-$seed" "coarse-$seed"
+  done
+}
+
+shift
+[ $# -gt 0 ] || set -- mssa msst coarse
+for part in "$@"; do
+  "$part"
+done
