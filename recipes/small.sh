@@ -81,8 +81,17 @@ coarse() {
     train "half-$seed" small-msst-os "${same[@]}" data.train='[{dataset: davis16, split: fine}]'
     train "coarse-$seed" small-msst-os "${same[@]}" data.label_weights.coarse=0.5 \
       data.train="[{dataset: davis16, split: fine},{dataset: davis16, split: rest, labels: $out/coarse}]"
-    score "half-$seed" "half-$seed"
-    score "coarse-$seed" "coarse-$seed"
+    # the same with what the first of the two says about the other half among the maps
+    [ -d "$out/own-$seed" ] || vsod predict --dataset davis16 --data "$half" --split rest \
+      -o "$out/own-$seed" --model "$out/half-$seed/model" --crf dss
+    [ -d "$out/coarse-own-$seed" ] || vsod label coarse davis16 "$davis" -o "$out/coarse-own-$seed" \
+      --maps minimum-barrier --maps flow-contrast --maps "$out/own-$seed" --weights 1,1,2 \
+      --auto-erase --sequences "$(paste -sd, "$half/ImageSets/480p/rest.txt")"
+    train "own-coarse-$seed" small-msst-os "${same[@]}" data.label_weights.coarse=0.5 \
+      data.train="[{dataset: davis16, split: fine},{dataset: davis16, split: rest, labels: $out/coarse-own-$seed}]"
+    for run in half coarse own-coarse; do
+      score "$run-$seed" "$run-$seed"
+    done
   done
 }
 
