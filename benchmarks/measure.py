@@ -30,6 +30,8 @@ from vsod_ops import backends
 ROOT = Path(__file__).resolve().parent.parent
 MIN_REPEATS, MAX_REPEATS = 5, 100
 PATIENCE = 20  # MIN_REPEATS may take this many times the budget before there are fewer of them
+MAX_COPIES = 64  # of the inputs, to rotate past a GPU's L2 cache
+AS_CALLED, IN_GRAPH = "as called", "CUDA graph"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 TIME_METHOD = {
@@ -152,6 +154,29 @@ def cuda_graph(calls: Sequence[Callable[[], object]]) -> Work:
         for call in calls:
             call()
     return Work(graph.replay, len(calls))
+
+
+def copies_past_cache(size: int, device: torch.device) -> int:
+    """Inputs of `size` bytes that exceed a GPU's L2 cache twice; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(-(-2 * cache // size), MAX_COPIES)
+
+
+def works_of(
+    calls: Mapping[str, Sequence[Callable[[], object]]], mode: str
+) -> tuple[dict[str, Work], dict[str, str]]:
+    """name -> what one sample runs, AS_CALLED or IN_GRAPH, and name -> why there is no graph."""
+    if mode == AS_CALLED:
+        return {name: one_after_another(some) for name, some in calls.items()}, {}
+    works, failed = {}, {}
+    for name, some in calls.items():
+        try:
+            works[name] = cuda_graph(some)
+        except Exception as error:
+            failed[name] = reason(error)
+    return works, failed
 
 
 # ---- memory
