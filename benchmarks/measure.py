@@ -90,18 +90,29 @@ class Timing:
         )
 
 
+def clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """What marks a moment, by CUDA events on a GPU, and the seconds from one mark to a later."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda begin, end: end - begin
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return mark, between
+
+
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Seconds that `run()` takes, by CUDA events on a GPU."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    mark, between = clock(device)
+    begin = mark()
     run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return between(begin, mark())
 
 
 def interleave(
