@@ -373,7 +373,23 @@ def run(args: argparse.Namespace) -> int:
             slow={dtype: 0.1 * peak["flops_per_second"] for dtype, peak in peaks.items()},
             step=lambda text: bar.update(task, description=text),
         )
-        results = []
+        results: list[dict[str, Any]] = []
+
+        def written() -> tuple[dict[str, Any], list[Path]]:
+            document = {
+                **record,
+                "peak": {dtype_name(dtype): peak for dtype, peak in peaks.items()},
+                "seconds_total": round(time.perf_counter() - start, 1),
+                "load_average": measure.load_average(),
+                "cases": results,
+            }
+            flat = [
+                {k: v for k, v in case.items() if k not in ("rows", "left_out")} | row
+                for case in results
+                for row in case["rows"]
+            ]
+            return document, measure.write_results(document, flat, args.out, _stem(args))
+
         for case, make_inputs in cases:
             rows, left_out = bench.run(case, make_inputs())
             results.append(_describe(case, args.seed, ours_runs_on[case.dtype], rows, left_out))
@@ -384,22 +400,10 @@ def run(args: argparse.Namespace) -> int:
                 row["share_of_peak"] = row["gflops_per_second"] / peak
             if rows:
                 console.print(_table(results[-1]))
+            document, paths = written()  # so far: the rest may take too long
             bar.advance(task)
 
-    document = {
-        **record,
-        "peak": {dtype_name(dtype): peak for dtype, peak in peaks.items()},
-        "seconds_total": round(time.perf_counter() - start, 1),
-        "load_average": measure.load_average(),
-        "cases": results,
-    }
-    flat = [
-        {k: v for k, v in case.items() if k not in ("rows", "left_out")} | row
-        for case in results
-        for row in case["rows"]
-    ]
-    stem = _stem(args)
-    paths = measure.write_results(document, flat, args.out, stem) + plot(document, args.out, stem)
+    paths += plot(document, args.out, _stem(args))
     console.print(_summary_table(document))
     for text in _left_out(document):
         console.print(f"left out: {text}", soft_wrap=True)

@@ -132,18 +132,21 @@ def test_any_kernel_and_dilation(kernel, dilation, dtype):
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_as_the_phases_on_the_cpu(dtype):
+@pytest.mark.parametrize("kernel, dilation", ((3, 1), (3, 12), (5, 2)))
+def test_same_as_the_phases_on_the_cpu(kernel, dilation, dtype):
     """Not bit by bit (the order of sums in a product, expf), but to rounding."""
     if isinstance(backends.compiled_module("_cpu"), str):
         pytest.skip("no CPU module")
-    inputs, grads = draw(steps=3, channels=5, hidden=9, height=35, width=70, dtype=dtype)
+    inputs, grads = draw(
+        steps=3, channels=5, hidden=9, height=35, width=70, kernel=kernel, dtype=dtype
+    )
     ops = torch.ops.vsod_ops
-    host = ops.conv_lstm_cuda_on_host(*inputs, 1, op.SAVE_GATES, False)
-    device = ops.conv_lstm_cuda(*on_cuda(inputs), 1, op.SAVE_GATES)
+    host = ops.conv_lstm_cuda_on_host(*inputs, dilation, op.SAVE_GATES, False)
+    device = ops.conv_lstm_cuda(*on_cuda(inputs), dilation, op.SAVE_GATES)
     needs = [t is not None for t in inputs]
-    host += ops.conv_lstm_backward_cuda_on_host(*grads, *inputs, *host, 1, needs, 0, False)
+    host += ops.conv_lstm_backward_cuda_on_host(*grads, *inputs, *host, dilation, needs, 0, False)
     device += ops.conv_lstm_backward_cuda(
-        *on_cuda(grads), *on_cuda(inputs), *on_cuda(host[:4]), 1, needs
+        *on_cuda(grads), *on_cuda(inputs), *on_cuda(host[:4]), dilation, needs
     )
     tolerance = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     for a, b in zip(host, device, strict=True):
