@@ -5,9 +5,10 @@
 #     bash benchmarks/gpu.sh --dry-run OUT   prints the steps and runs none
 # Leaves in OUT, after each step, the results of every benchmark that is done (attention.json,
 # attention-sweep.json, conv_lstm.json, dense_crf.json, msst.json, mssa.json) and run.tar.gz with
-# the log of every step, the CSV files and the plots: seven files and no folder.
-# Needs torch with CUDA, triton, nvcc, ninja, pybind11, einops, pytest, rich, matplotlib and, for the
-# systems, torchvision, huggingface_hub, safetensors, opencv and scikit-image; runs the tests in
+# the log of every step, the CSV files and the plots: seven files and no folder.  From the JSON, CSV
+# and SVG files in benchmarks/results/GPU/, `python -m benchmarks report` makes the tables.
+# Needs torch with CUDA, triton, nvcc, ninja, pybind11, einops, pytest, rich, matplotlib and, for
+# the systems, torchvision, huggingface_hub, safetensors, opencv and scikit-image; runs the tests in
 # several processes where pytest-xdist is there; installs nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -70,12 +71,14 @@ conv_lstm=(conv_lstm --device cuda --baselines eager,compile,pointwise-cl)
 
 step build 70 "$python" setup.py build_ext --inplace
 step doctor 15 "$python" -m vsod_ops.doctor
-# Beside the tests, which keep the GPU waiting for compilers, too: what the rivals compile is cached.
-beside warm-attention "${benchmark[@]}" "${attention[@]}" "${everyone[@]}" --seconds 0.001 --out "$run/warm"
-beside warm-conv_lstm "${benchmark[@]}" "${conv_lstm[@]}" --seconds 0.001 --out "$run/warm"
+# The tests mostly wait for compilers; meanwhile what the rivals need compiled gets into the caches.
+warm=(--seconds 0.001 --out "$run/warm")
+beside warm-attention "${benchmark[@]}" "${attention[@]}" "${everyone[@]}" "${warm[@]}"
+beside warm-conv_lstm "${benchmark[@]}" "${conv_lstm[@]}" "${warm[@]}"
 step tests 165 "$python" -m pytest -q -m cuda --sweep 4 "${processes[@]}" tests
 step attention 55 "${benchmark[@]}" "${attention[@]}" "${everyone[@]}" --seconds 0.3 --out "$run"
-step attention-sweep 30 "${benchmark[@]}" "${attention[@]}" "${lengths[@]}" --seconds 0.5 --out "$run"
+step attention-sweep 30 "${benchmark[@]}" "${attention[@]}" "${lengths[@]}" --seconds 0.5 \
+  --out "$run"
 step conv_lstm 50 "${benchmark[@]}" "${conv_lstm[@]}" --seconds 0.3 --out "$run"
 step dense_crf 15 "${benchmark[@]}" dense_crf --device cuda --size 512x512 --seconds 2 --out "$run"
 step msst 20 "${benchmark[@]}" msst --device cuda --precision bfloat16 --prior flow-magnitude \

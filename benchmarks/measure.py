@@ -34,15 +34,22 @@ MAX_COPIES = 64  # of the inputs, to rotate past a GPU's L2 cache
 AS_CALLED, IN_GRAPH = "as called", "CUDA graph"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
-TIME_METHOD = {
+SINGLE_CALLS = {
     "cpu": (
         "median, 20th and 80th percentile of single calls by the wall clock, rivals interleaved, "
         "outputs allocated by each call"
     ),
     "cuda": (
+        "median, 20th and 80th percentile of single calls from Python between two CUDA events, "
+        "rivals interleaved, outputs allocated by each call"
+    ),
+}
+TIME_METHOD = {
+    "cpu": SINGLE_CALLS["cpu"],
+    "cuda": (
         "median, 20th and 80th percentile, rivals interleaved; a sample is one pass over copies of "
         "the inputs that exceed the L2 cache, between two CUDA events, divided by the copies; as "
-        "called from Python, and as one CUDA graph"
+        "called from Python and, where a row says so, as one CUDA graph"
     ),
 }
 MEMORY_METHOD = {

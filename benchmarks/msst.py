@@ -218,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(str(error)) from None
 
     document = measure.record("msst", device, vars(args))
+    document["method"]["time"] = measure.SINGLE_CALLS[device.type]
     document |= {"backend": chosen, "paper": PAPER, "load_before": measure.load_average()}
     print(f"{document['machine']['line']}; conv_lstm runs on {chosen}")
     with torch.inference_mode():
