@@ -32,11 +32,12 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 IN_MEMORY = REUSED, FRESH = "reused", "fresh"
 OURS, CONVOLUTIONS = "ours", "convolutions"
 FIELD = ((1, 4, 4, 4, 512, 512), (1, 4, 4, 16, 512, 512), (4, 10, 64, 64, 64, 64))
+FEW_CHANNELS = tuple((4, 4, 4, hidden, 512, 512) for hidden in (4, 16, 32))
+MANY_CHANNELS = tuple((16, 10, channels, channels, 64, 64) for channels in (64, 128))
 FIELD_ON_GPU = (
-    *(((4, 4, 4, hidden, 512, 512), dtype) for hidden in (4, 16, 32)
-      for dtype in (torch.float32, torch.bfloat16)),
-    *(((16, 10, channels, channels, 64, 64), torch.bfloat16) for channels in (64, 128)),
-)  # fmt: skip
+    *((shape, torch.bfloat16) for shape in FEW_CHANNELS + MANY_CHANNELS),
+    *((shape, torch.float32) for shape in FEW_CHANNELS),
+)
 SHAPE_FORM = "BxTxCxMxHxW"
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # x, weight_ih, weight_hh, bias

@@ -21,13 +21,14 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 VSOD_OPS_BUILD=cuda
 run=$out  # for --dry-run; else a folder for what goes into run.tar.gz
 failed=() companions=()
 
-# step NAME SECONDS COMMAND...: runs it, and what was put beside it, under one time limit
+# step NAME SECONDS COMMAND...: runs it, and what was put beside it, under one time limit, at which
+# it is interrupted as by Ctrl-C: pytest then still says what failed
 step() {
   local name=$1 seconds=$2 start=$SECONDS code
   shift 2
   echo "== $name (at most $seconds s): $*"
   [ -n "$dry_run" ] && return
-  timeout -k 2 "$seconds" "$@" >"$run/$name.log" 2>&1
+  timeout -s INT -k 3 "$seconds" "$@" >"$run/$name.log" 2>&1
   code=$?
   while [ -n "$(jobs -pr)" ] && [ $((SECONDS - start)) -lt "$seconds" ]; do sleep 1; done
   [ "${#companions[@]}" -eq 0 ] || kill "${companions[@]}" 2>/dev/null
@@ -60,7 +61,7 @@ if [ -z "$dry_run" ]; then
   export TORCH_CUDA_ARCH_LIST
 fi
 processes=()
-"$python" -c 'import xdist' 2>/dev/null && processes=(-n 12 --maxschedchunk 1)
+"$python" -c 'import xdist' 2>/dev/null && processes=(-n 14 --maxschedchunk 1)
 
 benchmark=("$python" -m benchmarks)
 attention=(attention --device cuda --dtype bfloat16)
@@ -70,20 +71,20 @@ lengths=(--sweep --baselines reference,sdpa,sdpa-cudnn)
 conv_lstm=(conv_lstm --device cuda --baselines eager,compile,pointwise-cl)
 
 step build 70 "$python" setup.py build_ext --inplace
-step doctor 15 "$python" -m vsod_ops.doctor
+step doctor 10 "$python" -m vsod_ops.doctor
 # The tests mostly wait for compilers; meanwhile what the rivals need compiled gets into the caches.
 warm=(--seconds 0.001 --out "$run/warm")
 beside warm-attention "${benchmark[@]}" "${attention[@]}" "${everyone[@]}" "${warm[@]}"
 beside warm-conv_lstm "${benchmark[@]}" "${conv_lstm[@]}" "${warm[@]}"
-step tests 165 "$python" -m pytest -q -m cuda --sweep 4 "${processes[@]}" tests
-step attention 55 "${benchmark[@]}" "${attention[@]}" "${everyone[@]}" --seconds 0.3 --out "$run"
-step attention-sweep 30 "${benchmark[@]}" "${attention[@]}" "${lengths[@]}" --seconds 0.5 \
+step tests 180 "$python" -m pytest -q -m cuda --sweep 4 "${processes[@]}" tests
+step attention 50 "${benchmark[@]}" "${attention[@]}" "${everyone[@]}" --seconds 0.3 --out "$run"
+step attention-sweep 25 "${benchmark[@]}" "${attention[@]}" "${lengths[@]}" --seconds 0.5 \
   --out "$run"
-step conv_lstm 50 "${benchmark[@]}" "${conv_lstm[@]}" --seconds 0.3 --out "$run"
-step dense_crf 15 "${benchmark[@]}" dense_crf --device cuda --size 512x512 --seconds 2 --out "$run"
+step conv_lstm 60 "${benchmark[@]}" "${conv_lstm[@]}" --seconds 0.2 --out "$run"
+step dense_crf 12 "${benchmark[@]}" dense_crf --device cuda --size 512x512 --seconds 2 --out "$run"
 step msst 20 "${benchmark[@]}" msst --device cuda --precision bfloat16 --prior flow-magnitude \
   --seconds 5 --out "$run"
-step mssa 40 "${benchmark[@]}" mssa --device cuda --precision bfloat16 --sizes 224 448 --seconds 1 \
+step mssa 35 "${benchmark[@]}" mssa --device cuda --precision bfloat16 --sizes 224 448 --seconds 1 \
   --out "$run"
 
 if [ "${#failed[@]}" -gt 0 ]; then

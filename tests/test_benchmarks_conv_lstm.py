@@ -85,9 +85,9 @@ def test_cases_by_default():
     conv_lstm.add_arguments(parser)
     on_gpu = conv_lstm.cases_of(parser.parse_args([]), torch.device("cuda"))
     assert [case.label for case in on_gpu[::3]] == [
-        "4 -> 4, 512x512, B=4, T=4, float32",
-        "4 -> 16, 512x512, B=4, T=4, bfloat16",
+        "4 -> 4, 512x512, B=4, T=4, bfloat16",
         "64 -> 64, 64x64, B=16, T=10, bfloat16",
+        "4 -> 16, 512x512, B=4, T=4, float32",
     ]
     assert len(on_gpu) == 8
     on_cpu = conv_lstm.cases_of(parser.parse_args([]), torch.device("cpu"))

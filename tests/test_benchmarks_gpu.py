@@ -80,7 +80,7 @@ def test_what_it_leaves(tmp_path):
     python.chmod(0o755)
     short = tmp_path / "benchmarks" / "gpu.sh"  # the script finds the repository by its own place
     short.parent.mkdir()
-    short.write_text(SCRIPT.read_text().replace("step mssa 40", "step mssa 1"))
+    short.write_text(SCRIPT.read_text().replace("step mssa 35", "step mssa 1"))
     out = tmp_path / "out"
     done = subprocess.run(
         ["bash", short, out],
