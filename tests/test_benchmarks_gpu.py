@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,11 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def steps():
     """[(name, seconds or None, command)] of a dry run."""
     done = subprocess.run(
-        ["bash", SCRIPT, "--dry-run", "OUT"], capture_output=True, text=True, check=True
+        ["bash", SCRIPT, "--dry-run", "OUT"],
+        env=os.environ | {"PYTHON": "python3"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found = re.findall(r"^== (\S+) \((.*?)\): (.*)$", done.stdout, re.MULTILINE)
     assert len(found) == done.stdout.count("\n")
