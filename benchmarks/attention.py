@@ -34,13 +34,12 @@ from .attention_rivals import (
     dtype_name,
     ours,
 )
+from .measure import AS_CALLED, IN_GRAPH
 
 PAPER = [((1, 5, 28, 28), (4, 128)), ((1, 5, 14, 14), (8, 64))]  # VGG16 stages 4, 5 at 224x224
 HEADS = [(4, 128), (8, 64)]
 SWEEP_SHAPES = [(1, 5, 7, 7), (1, 5, 14, 14), (1, 5, 28, 28), (1, 5, 56, 56), (1, 20, 56, 56)]
-AS_CALLED, IN_GRAPH = "as called", "CUDA graph"
 WARM_UP_LIMIT = 5.0  # seconds; no extra call before the check of what is expected to take longer
-MAX_COPIES = 64  # of the inputs, to rotate past a GPU's L2 cache
 
 
 # ---- measuring one case
@@ -180,21 +179,11 @@ class Bench:
         mode: str,
         left_out: dict[str, str],
     ) -> dict[str, measure.Work]:
-        copies = [inputs]
-        if inputs.q.device.type == "cuda":
-            cache = torch.cuda.get_device_properties(inputs.q.device).L2_cache_size
-            count = min(-(-2 * cache // inputs.bytes), MAX_COPIES)
-            copies += [inputs.copy() for _ in range(count - 1)]
-        works = {}
-        for name, attention in built.items():
-            calls = [x.call(attention, direction) for x in copies]
-            if mode == IN_GRAPH:
-                try:
-                    works[name] = measure.cuda_graph(calls)
-                except Exception as error:
-                    left_out[f"{name}, {direction}, {mode}"] = measure.reason(error)
-                continue
-            works[name] = measure.one_after_another(calls)
+        count = measure.copies_past_cache(inputs.bytes, inputs.q.device)
+        copies = [inputs, *(inputs.copy() for _ in range(count - 1))]
+        calls = {name: [x.call(built[name], direction) for x in copies] for name in built}
+        works, failed = measure.works_of(calls, mode)
+        left_out |= {f"{name}, {direction}, {mode}": why for name, why in failed.items()}
         return works
 
 
@@ -384,7 +373,23 @@ def run(args: argparse.Namespace) -> int:
             slow={dtype: 0.1 * peak["flops_per_second"] for dtype, peak in peaks.items()},
             step=lambda text: bar.update(task, description=text),
         )
-        results = []
+        results: list[dict[str, Any]] = []
+
+        def written() -> tuple[dict[str, Any], list[Path]]:
+            document = {
+                **record,
+                "peak": {dtype_name(dtype): peak for dtype, peak in peaks.items()},
+                "seconds_total": round(time.perf_counter() - start, 1),
+                "load_average": measure.load_average(),
+                "cases": results,
+            }
+            flat = [
+                {k: v for k, v in case.items() if k not in ("rows", "left_out")} | row
+                for case in results
+                for row in case["rows"]
+            ]
+            return document, measure.write_results(document, flat, args.out, _stem(args))
+
         for case, make_inputs in cases:
             rows, left_out = bench.run(case, make_inputs())
             results.append(_describe(case, args.seed, ours_runs_on[case.dtype], rows, left_out))
@@ -395,22 +400,10 @@ def run(args: argparse.Namespace) -> int:
                 row["share_of_peak"] = row["gflops_per_second"] / peak
             if rows:
                 console.print(_table(results[-1]))
+            document, paths = written()  # so far: the rest may take too long
             bar.advance(task)
 
-    document = {
-        **record,
-        "peak": {dtype_name(dtype): peak for dtype, peak in peaks.items()},
-        "seconds_total": round(time.perf_counter() - start, 1),
-        "load_average": measure.load_average(),
-        "cases": results,
-    }
-    flat = [
-        {k: v for k, v in case.items() if k not in ("rows", "left_out")} | row
-        for case in results
-        for row in case["rows"]
-    ]
-    stem = _stem(args)
-    paths = measure.write_results(document, flat, args.out, stem) + plot(document, args.out, stem)
+    paths += plot(document, args.out, _stem(args))
     console.print(_summary_table(document))
     for text in _left_out(document):
         console.print(f"left out: {text}", soft_wrap=True)

@@ -2,12 +2,16 @@
 
 Each rival is checked against the float64 definition before it is timed.  Forward runs without
 gradients; forward + backward returns the gradients of x, weights and bias; backward is the
-difference of the two medians.  "fresh" runs give freed memory back to the system before each call,
-so that every large buffer is new pages; "reused" ones let the allocator keep it.
+difference of the two medians.  On a CPU, "fresh" runs give freed memory back to the system before
+each call, so that every large buffer is new pages; "reused" ones let the allocator keep it.  On a
+GPU everything is timed as called from Python and as one CUDA graph, by turns on copies of the
+inputs that exceed the L2 cache; cuDNN picks its fastest algorithm and, by torch's default, computes
+float32 in TF32, which conv_lstm does not.
 """
 
 import argparse
 import ctypes
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +26,18 @@ from vsod_ops import backends, conv_lstm
 from vsod_ops.conv_lstm import op
 
 from . import BadInput, measure
+from .measure import AS_CALLED, IN_GRAPH
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
-REUSED, FRESH = "reused", "fresh"
+IN_MEMORY = REUSED, FRESH = "reused", "fresh"
 OURS, CONVOLUTIONS = "ours", "convolutions"
 FIELD = ((1, 4, 4, 4, 512, 512), (1, 4, 4, 16, 512, 512), (4, 10, 64, 64, 64, 64))
+FEW_CHANNELS = tuple((4, 4, 4, hidden, 512, 512) for hidden in (4, 16, 32))
+MANY_CHANNELS = tuple((16, 10, channels, channels, 64, 64) for channels in (64, 128))
+FIELD_ON_GPU = (
+    *((shape, torch.bfloat16) for shape in FEW_CHANNELS + MANY_CHANNELS),
+    *((shape, torch.float32) for shape in FEW_CHANNELS),
+)
 SHAPE_FORM = "BxTxCxMxHxW"
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # x, weight_ih, weight_hh, bias
@@ -162,10 +173,10 @@ def convolution_calls(case: Case, inputs: Inputs) -> dict[str, Callable[[], obje
 
 
 def errors(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
-    """Largest error of any result, relative to the largest number in it."""
+    """Largest error of any result, relative to the largest number in it; out comes first."""
     return max(
         ((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-30)).item()
-        for a, e in zip(results, oracle, strict=True)
+        for a, e in zip(results, oracle, strict=False)
     )
 
 
@@ -182,15 +193,20 @@ def run_case(
     torch.compiler.reset()
     inputs, left_out, rows = case.inputs(args.seed), {}, []
     wide = tuple(x.detach().double().requires_grad_() for x in inputs)
-    limit = 1e-4 if case.dtype.itemsize >= 4 else 5e-2
+    size = sum(x.nbytes for x in inputs)
+    copies = [inputs]
+    for _ in range(measure.copies_past_cache(size, case.device) - 1):
+        copies.append(tuple(x.detach().clone().requires_grad_() for x in inputs))
     functions = {}
     for name, (_, make) in built.items():
         try:
             functions[name] = make()
         except Exception as error:
             left_out[name] = measure.reason(error)
+    torch.backends.cudnn.benchmark = False  # in float64 the search takes longer than the calls
+    oracle = call_of(cell_loop, wide, BOTH)()
+    torch.backends.cudnn.benchmark = True
     for direction in (FORWARD, BOTH):
-        oracle = call_of(cell_loop, wide, direction)()
         calls, memory = {}, {}
         for name in list(functions):
             show(f"check {name}, {direction}")
@@ -198,62 +214,83 @@ def run_case(
             try:
                 call()  # compiles, makes workspaces
                 results, _, memory[name] = measure.call_and_peak(call, case.device)
-                if (error := errors(results, oracle)) > limit:
+                if (error := errors(results, oracle)) > limit(name, case):
                     raise ValueError(f"wrong: relative error {error:.1e}")
             except Exception as error:
                 left_out[f"{name}, {direction}"] = measure.reason(error)
                 del functions[name]
                 continue
-            calls[name] = call
+            calls[name] = [call_of(functions[name], x, direction) for x in copies]
         for (name, of), call in convolution_calls(case, inputs).items():
             if of == direction:
-                calls[name] = call
-        for pages in (REUSED, FRESH) if case.device.type == "cpu" else (REUSED,):
-            show(f"time {direction}, {pages} memory")
-            timings = time_calls(calls, args.seconds, case.device, pages)
+                calls[name] = [call]
+        for way in ways_on(case.device):
+            show(f"time {direction}, {way}")
+            timings, failed = time_calls(calls, args.seconds, case.device, way)
+            left_out |= {f"{name}, {direction}, {way}": why for name, why in failed.items()}
             for name, timing in timings.items():
                 label = built[name][0] if name in built else name
                 rows.append({
-                    "rival": name, "label": label, "direction": direction, "memory": pages,
+                    "rival": name, "label": label, "direction": direction,
+                    **({"memory": way} if way in IN_MEMORY else {"memory": REUSED, "mode": way}),
                     "median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80,
                     "repeats": timing.repeats,
-                    "peak_extra_bytes": memory.get(name) if pages == REUSED else None,
+                    "peak_extra_bytes": memory.get(name) if way in (REUSED, AS_CALLED) else None,
                 })  # fmt: skip
     return finish_rows(case, rows), left_out
 
 
+def limit(name: str, case: Case) -> float:
+    """Of errors(): rivals in float32 may use TF32 on a GPU, as torch lets cuDNN by default."""
+    if case.dtype.itemsize < 4:
+        return 5e-2
+    return 1e-2 if case.device.type == "cuda" and not name.startswith(OURS) else 1e-4
+
+
+def ways_on(device: torch.device) -> tuple[str, str]:
+    return (AS_CALLED, IN_GRAPH) if device.type == "cuda" else IN_MEMORY
+
+
+def way_of(row: Mapping[str, Any]) -> str:
+    """The one of `ways_on` in which `row` was timed."""
+    return row.get("mode", row["memory"])
+
+
 def time_calls(
-    calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device, pages: str
-) -> dict[str, measure.Timing]:
-    if pages == REUSED:
-        return measure.interleave(
-            {name: measure.Work(call) for name, call in calls.items()}, seconds, device
-        )
+    calls: Mapping[str, Sequence[Callable[[], object]]], seconds: float, device: torch.device,
+    way: str,
+) -> tuple[dict[str, measure.Timing], dict[str, str]]:  # fmt: skip
+    """Timings, and rival -> why it could not be timed in that way."""
+    if way != FRESH:
+        works, failed = measure.works_of(calls, IN_GRAPH if way == IN_GRAPH else AS_CALLED)
+        return measure.interleave(works, seconds, device), failed
     samples: dict[str, list[float]] = {name: [] for name in calls}
     spent = 0.0
     while spent < seconds or len(next(iter(samples.values()))) < measure.MIN_REPEATS:
-        for name, call in calls.items():
+        for name, (call,) in calls.items():
             give_memory_back()
             samples[name].append(measure.seconds_of(call, device))
             spent += samples[name][-1]
-    return {name: measure.Timing.of(times) for name, times in samples.items()}
+    return {name: measure.Timing.of(times) for name, times in samples.items()}, {}
 
 
 def finish_rows(case: Case, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add the backward (a difference of medians), rates, speed-ups and the convolution's share."""
-    median = {(r["rival"], r["direction"], r["memory"]): r["median_s"] for r in rows}
+    median = {(r["rival"], r["direction"], way_of(r)): r["median_s"] for r in rows}
     for row in list(rows):
-        before = median.get((row["rival"], FORWARD, row["memory"]))
+        before = median.get((row["rival"], FORWARD, way_of(row)))
         if row["direction"] == BOTH and before is not None and row["median_s"] > before:
             rest = {"median_s": row["median_s"] - before, "p20_s": None, "p80_s": None}
             rows.append({**row, "direction": BACKWARD, **rest, "peak_extra_bytes": None})
     for row in rows:
-        where = (row["direction"], row["memory"])
-        same = [r for r in rows if (r["direction"], r["memory"]) == where]
+        where = (row["direction"], way_of(row))
+        same = [r for r in rows if (r["direction"], way_of(r)) == where]
         ours = next((r["median_s"] for r in same if r["rival"] == OURS), None)
-        alone = min(r["median_s"] for r in same if r["rival"].startswith(CONVOLUTIONS))
+        alone = min(
+            (r["median_s"] for r in same if r["rival"].startswith(CONVOLUTIONS)), default=None
+        )
         row["gflops_per_second"] = case.flops(row["direction"]) / row["median_s"] / 1e9
-        row["convolution_share"] = alone / row["median_s"]
+        row["convolution_share"] = None if alone is None else alone / row["median_s"]
         row["speedup_of_ours"] = None if ours is None else row["median_s"] / ours
     return rows
 
@@ -269,7 +306,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar=SHAPE_FORM,
         help="may be given more than once (default: 4 -> 4 and 4 -> 16 channels at 512x512, T=4; "
-        "64 -> 64 at 64x64, B=4, T=10)",
+        "64 -> 64 at 64x64, B=4, T=10; on a GPU, without --dtype, 4 -> 4, 16 and 32 at 512x512, "
+        "B=4, T=4, in float32 and bfloat16, 64 -> 64 and 128 -> 128 at 64x64, B=16, T=10, in "
+        "bfloat16)",
     )
     add(
         "--dtype",
@@ -320,8 +359,8 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name in args.baselines.split(",") if name]
     if unknown := [name for name in names if name not in there]:
         raise BadInput(f"no baseline {unknown[0]!r}; there are {', '.join(there)}")
-    dtypes = [measure.DTYPES[name] for name in args.dtype or ("float32",)]
-    for dtype in dtypes:
+    cases = cases_of(args, device)
+    for dtype in {case.dtype for case in cases}:
         try:
             backends.choose("conv_lstm", op.SUPPORT, args.backend, device.type, dtype)
         except ValueError as error:
@@ -340,30 +379,37 @@ def run(args: argparse.Namespace) -> int:
     document = measure.record("conv_lstm", device, vars(args))
     console.print(document["machine"]["line"], soft_wrap=True)
     document |= {"peak": {}, "cases": []}
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        document["peak"][name] = measure.peak_flops(device, dtype)
-        for shape in args.shape or FIELD:
-            case = Case(shape, dtype, device)
-            with console.status(case.label) as status:
-                rows, left_out = run_case(case, built, args, status.update)
-            for row in rows:
-                row["share_of_peak"] = (
-                    row["gflops_per_second"] * 1e9 / document["peak"][name]["flops_per_second"]
-                )
-            document["cases"].append({
-                "label": case.label, "shape": list(shape), "dtype": name, "device": device.type,
-                "rows": rows, "left_out": left_out,
-            })  # fmt: skip
-            console.print(_table(document["cases"][-1]))
-            for who, why in left_out.items():
-                console.print(f"left out: {who}: {why}")
-    document["load_average"] = measure.load_average()
-    flat = [{"case": case["label"], **row} for case in document["cases"] for row in case["rows"]]
-    for path in measure.write_results(document, flat, args.out, "conv_lstm"):
-        console.print(f"wrote {path.name}")
+    for case in cases:
+        name = str(case.dtype).removeprefix("torch.")
+        if name not in document["peak"]:
+            document["peak"][name] = measure.peak_flops(device, case.dtype)
+        with console.status(case.label) as status:
+            rows, left_out = run_case(case, built, args, status.update)
+        for row in rows:
+            row["share_of_peak"] = (
+                row["gflops_per_second"] * 1e9 / document["peak"][name]["flops_per_second"]
+            )
+        document["cases"].append({
+            "label": case.label, "shape": list(case.shape), "dtype": name, "device": device.type,
+            "rows": rows, "left_out": left_out,
+        })  # fmt: skip
+        console.print(_table(document["cases"][-1]))
+        for who, why in left_out.items():
+            console.print(f"left out: {who}: {why}")
+        document["load_average"] = measure.load_average()
+        flat = [{"case": c["label"], **row} for c in document["cases"] for row in c["rows"]]
+        # After each case, so that what is done is there where the rest takes too long.
+        paths = measure.write_results(document, flat, args.out, "conv_lstm")
+    console.print("wrote " + ", ".join(path.name for path in paths))
     wrong = [who for case in document["cases"] for who in case["left_out"] if who.startswith(OURS)]
     return 1 if wrong else 0
+
+
+def cases_of(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    if device.type == "cuda" and not args.shape and not args.dtype:
+        return [Case(shape, dtype, device) for shape, dtype in FIELD_ON_GPU]
+    dtypes = [measure.DTYPES[name] for name in args.dtype or ("float32",)]
+    return [Case(shape, dtype, device) for dtype in dtypes for shape in args.shape or FIELD]
 
 
 def _table(case: Mapping[str, Any]) -> Any:
@@ -373,22 +419,23 @@ def _table(case: Mapping[str, Any]) -> Any:
     table.add_column("")
     for name in ("median", "p20 to p80", "GFLOP/s", "of peak", "conv. alone", "ours is", "memory"):
         table.add_column(name, justify="right")
-    sections = dict.fromkeys((row["direction"], row["memory"]) for row in case["rows"])
-    for direction, pages in sections:
+    sections = dict.fromkeys((row["direction"], way_of(row)) for row in case["rows"])
+    for direction, way in sections:
         table.add_section()
-        table.add_row(f"{direction}, {pages} memory", style="bold italic")
+        name = f"{way} memory" if way in IN_MEMORY else way
+        table.add_row(f"{direction}, {name}", style="bold italic")
         for row in case["rows"]:
-            if (row["direction"], row["memory"]) != (direction, pages):
+            if (row["direction"], way_of(row)) != (direction, way):
                 continue
             ends = [row["p20_s"], row["p80_s"]]
-            ratio = row["speedup_of_ours"]
+            ratio, share = row["speedup_of_ours"], row["convolution_share"]
             table.add_row(
                 row["label"],
                 measure.seconds_text(row["median_s"]),
                 "" if None in ends else " to ".join(map(measure.seconds_text, ends)),
                 f"{row['gflops_per_second']:.0f}",
                 f"{row['share_of_peak']:.0%}",
-                f"{row['convolution_share']:.0%}",
+                "" if share is None else f"{share:.0%}",
                 "" if ratio is None or row["rival"] == OURS else f"{ratio:.2f}x",
                 measure.bytes_text(row["peak_extra_bytes"]),
                 style="green" if row["rival"].startswith(OURS) else None,
@@ -405,10 +452,11 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |"]
     lines.append("| --- | --- |" + " ---: |" * (len(COLUMNS) - 2))
     for case in document["cases"]:
-        for direction in (FORWARD, BOTH):
+        ways = dict.fromkeys(way_of(row) for row in case["rows"] if way_of(row) != FRESH)
+        for direction, way in itertools.product((FORWARD, BOTH), ways):
             found = {
                 row["rival"]: row for row in case["rows"]
-                if (row["direction"], row["memory"]) == (direction, REUSED)
+                if (row["direction"], way_of(row)) == (direction, way)
                 and not row["rival"].startswith(CONVOLUTIONS)
             }  # fmt: skip
             ours, recompute = found.pop(OURS, None), found.pop(f"{OURS}-recompute", None)
@@ -418,7 +466,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             eager = found.get("eager")
             cells = [
                 case["label"],
-                direction,
+                direction if way == REUSED else f"{direction}, {way}",
                 measure.seconds_text(ours["median_s"]),
                 f"{ours['share_of_peak']:.0%}",
                 f"{eager['speedup_of_ours']:.2f}x" if eager else "",

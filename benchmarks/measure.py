@@ -30,17 +30,26 @@ from vsod_ops import backends
 ROOT = Path(__file__).resolve().parent.parent
 MIN_REPEATS, MAX_REPEATS = 5, 100
 PATIENCE = 20  # MIN_REPEATS may take this many times the budget before there are fewer of them
+MAX_COPIES = 64  # of the inputs, to rotate past a GPU's L2 cache
+AS_CALLED, IN_GRAPH = "as called", "CUDA graph"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
-TIME_METHOD = {
+SINGLE_CALLS = {
     "cpu": (
         "median, 20th and 80th percentile of single calls by the wall clock, rivals interleaved, "
         "outputs allocated by each call"
     ),
     "cuda": (
+        "median, 20th and 80th percentile of single calls from Python between two CUDA events, "
+        "rivals interleaved, outputs allocated by each call"
+    ),
+}
+TIME_METHOD = {
+    "cpu": SINGLE_CALLS["cpu"],
+    "cuda": (
         "median, 20th and 80th percentile, rivals interleaved; a sample is one pass over copies of "
         "the inputs that exceed the L2 cache, between two CUDA events, divided by the copies; as "
-        "called from Python, and as one CUDA graph"
+        "called from Python and, where a row says so, as one CUDA graph"
     ),
 }
 MEMORY_METHOD = {
@@ -88,18 +97,29 @@ class Timing:
         )
 
 
+def clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """What marks a moment, by CUDA events on a GPU, and the seconds from one mark to a later."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda begin, end: end - begin
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return mark, between
+
+
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Seconds that `run()` takes, by CUDA events on a GPU."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    mark, between = clock(device)
+    begin = mark()
     run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return between(begin, mark())
 
 
 def interleave(
@@ -152,6 +172,29 @@ def cuda_graph(calls: Sequence[Callable[[], object]]) -> Work:
         for call in calls:
             call()
     return Work(graph.replay, len(calls))
+
+
+def copies_past_cache(size: int, device: torch.device) -> int:
+    """Inputs of `size` bytes that exceed a GPU's L2 cache twice; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(-(-2 * cache // size), MAX_COPIES)
+
+
+def works_of(
+    calls: Mapping[str, Sequence[Callable[[], object]]], mode: str
+) -> tuple[dict[str, Work], dict[str, str]]:
+    """name -> what one sample runs, AS_CALLED or IN_GRAPH, and name -> why there is no graph."""
+    if mode == AS_CALLED:
+        return {name: one_after_another(some) for name, some in calls.items()}, {}
+    works, failed = {}, {}
+    for name, some in calls.items():
+        try:
+            works[name] = cuda_graph(some)
+        except Exception as error:
+            failed[name] = reason(error)
+    return works, failed
 
 
 # ---- memory

@@ -6,17 +6,22 @@ level are its norms before the attention, Q, K, V and output projections and the
 Multiply-adds are counted without computing (torch's FLOP counter on fake tensors), those of the
 op as 2 * B * H_g * N * N_g * D for each head group.  Weights are random: times do not depend on
 them.
+
+Both backends are checked before anything is timed: in float32 on a CPU against each other, else
+(bfloat16, and a GPU's TF32) ours may be off the reference in float64 by no more than twice what the
+reference in the same precision is, and its rounding.
 """
 
 import argparse
+import copy
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ TRAINING_UP_TO = 448  # pixels; at 896 one step takes minutes
 WIDE = 512  # channels of the other reading of the paper: counted, not run
 # What is off at most, in float32: logits by their largest, the gradient of all parameters by norm.
 TOLERANCES = {"logits": 1e-4, "gradient": 1e-3}
+CHECKED = {"forward": "logits", "training": "gradient"}
 # N x N_g matrices of one head group that the reference holds at the same time, at least.
 REFERENCE_MATRICES = {"forward": 2, "training": 4}
 
@@ -46,26 +52,24 @@ class Wrong(Exception):
 
 
 @contextmanager
-def laps(model: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Charge what `read()` grows by, during one forward of `model`, to its stages."""
+def laps(
+    model: Any, mark: Callable[[], Any], between: Callable[[Any, Any], float]
+) -> Iterator[dict[str, float]]:
+    """Charge what lies between the marks of one forward of `model` to its stages.
+
+    The dictionary is filled at the end: a mark of a GPU can be read once that has come by.
+    """
     charged: dict[str, float] = {}
-    last = 0.0
+    marks: list[tuple[str | None, Any]] = []  # of None, the start, on
 
-    def start(*_: Any) -> None:
-        nonlocal last
-        last = read()
-
-    def charge(stage: str) -> Callable[..., None]:
+    def charge(stage: str | None) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            nonlocal last
-            now = read()
-            charged[stage] = charged.get(stage, 0.0) + now - last
-            last = now
+            marks.append((stage, mark()))
 
         return hook
 
     handles = [
-        model.register_forward_pre_hook(start),
+        model.register_forward_pre_hook(charge(None)),
         model.backbone.register_forward_hook(charge("backbone")),
         *(lift.register_forward_hook(charge("lift")) for lift in model.lift),
     ]
@@ -88,6 +92,9 @@ def laps(model: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]:
     finally:
         for handle in handles:
             handle.remove()
+    for (_, begin), (stage, end) in pairwise(marks):
+        if stage is not None:
+            charged[stage] = charged.get(stage, 0.0) + between(begin, end)
 
 
 # ---- arithmetic
@@ -138,7 +145,7 @@ def count(args: argparse.Namespace, size: int, **options: Any) -> Count:
         model, frames = build(args, **options), torch.empty(1, args.frames, 3, size, size)
         with (
             FlopCounterMode(display=False, custom_mapping=mapping) as counter,
-            laps(model, counter.get_total_flops) as flops,
+            laps(model, counter.get_total_flops, lambda begin, end: end - begin) as flops,
         ):
             model(frames)
     result.macs = {stage: int(value) // 2 for stage, value in flops.items()}
@@ -153,9 +160,11 @@ class Network:
 
     def __init__(self, model: Any, args: argparse.Namespace, size: int):
         generator = torch.Generator().manual_seed(args.seed)
-        self.model = model
+        self.model, self.device = model, torch.device(args.device)
+        self.precision = measure.DTYPES[args.precision]
         self.frames = torch.rand(1, args.frames, 3, size, size, generator=generator)
-        self.mask = torch.zeros(1, args.frames, 1, size, size)
+        self.frames = self.frames.to(self.device)
+        self.mask = torch.zeros(1, args.frames, 1, size, size, device=self.device)
         self.mask[..., size // 4 : size // 2, size // 4 : size // 2] = 1
         self.stages: list[dict[str, float]] = []  # seconds, of each forward with our op
 
@@ -164,11 +173,16 @@ class Network:
             if isinstance(module, ShuntedAttention):
                 module.backend = backend
 
+    def logits(self) -> Tensor:
+        enabled = self.precision.itemsize == 2
+        with torch.autocast(self.device.type, self.precision, enabled=enabled):
+            return self.model(self.frames)
+
     def forward(self, backend: str) -> Tensor:
         self.use(backend)
         self.model.eval()
-        with torch.inference_mode(), laps(self.model, time.perf_counter) as stages:
-            logits = self.model(self.frames)
+        with torch.inference_mode(), laps(self.model, *measure.clock(self.device)) as stages:
+            logits = self.logits()
         if backend != "reference":
             self.stages.append(stages)
         return logits
@@ -179,25 +193,52 @@ class Network:
 
         self.use(backend)
         self.model.train()
-        mssa_loss(self.model(self.frames), self.mask).backward()
+        mssa_loss(self.logits(), self.mask).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
         return gradients
 
-    def check(self, backend: str, directions: Sequence[str]) -> dict[str, float]:
-        """How far `backend` is off the reference; raises Wrong beyond TOLERANCES."""
-        ours, theirs = (self.forward(b).double() for b in (backend, "reference"))
-        off = {"logits": ((ours - theirs).abs().max() / theirs.abs().max()).item()}
-        if "training" in directions:
-            ours, theirs = (
-                torch.cat([g.flatten().double() for g in self.training(b)])
-                for b in (backend, "reference")
-            )
-            off["gradient"] = ((ours - theirs).norm() / theirs.norm()).item()
-        for name, value in off.items():
-            if not value <= TOLERANCES[name]:
-                raise Wrong(f"{name} are off by {value:.2g} of the reference's")
-        return off
+    def result(self, direction: str, backend: str) -> Tensor:
+        """What is checked: the logits of "forward", all gradients of "training"."""
+        if direction == "forward":
+            return self.forward(backend).double()
+        return torch.cat([g.flatten().double() for g in self.training(backend)])
+
+    def in_float64(self) -> "Network":
+        wide = copy.copy(self)
+        wide.model, wide.precision = copy.deepcopy(self.model).double(), torch.float64
+        wide.frames, wide.mask = self.frames.double(), self.mask.double()
+        return wide
+
+    def check(self, backend: str, directions: Sequence[str]) -> dict[str, Any]:
+        """How far `backend` is off, relative to the oracle; raises Wrong where that is too far."""
+        same = self.precision == torch.float32 and self.device.type == "cpu"
+        wide, tolerances, off = None if same else self.in_float64(), {}, {}
+        for direction in directions:
+            name = CHECKED[direction]
+            ours, theirs = (self.result(direction, b) for b in (backend, "reference"))
+            if wide is None:
+                oracle, tolerances[name] = theirs, TOLERANCES[name]
+            else:
+                oracle = wide.result(direction, "reference")
+                eps = torch.finfo(self.precision).eps
+                tolerances[name] = 2 * (relative(name, theirs, oracle) + eps)
+            off[name] = relative(name, ours, oracle)
+            if not off[name] <= tolerances[name]:
+                raise Wrong(
+                    f"{name} are off by {off[name]:.2g} of the reference's, at most "
+                    f"{tolerances[name]:.2g} will do"
+                )
+        named = {} if same else {"oracle": "float64"}
+        return {"size": self.frames.shape[-1], "off": off, "tolerances": tolerances, **named}
+
+
+def relative(name: str, actual: Tensor, oracle: Tensor) -> float:
+    """Logits by their largest, gradients by norm."""
+    difference = actual - oracle
+    if name == "logits":
+        return (difference.abs().max() / oracle.abs().max()).item()
+    return (difference.norm() / oracle.norm()).item()
 
 
 def run_direction(
@@ -207,30 +248,33 @@ def run_direction(
 
     The call that measures memory is the only sample where all calls together exceed `seconds`.
     """
-    cpu = torch.device("cpu")
-    call = getattr(network, direction)
+    device, call = network.device, getattr(network, direction)
     rows: dict[str, dict[str, Any]] = {}
     works: dict[str, measure.Work] = {}
     first: dict[str, float] = {}
     peak: int | None = None
+    if device.type == "cuda":  # where the first call of a shape compiles and tunes
+        call(backend)
+        network.stages.clear()
     for name in (backend, "reference"):
         rows[name] = {"direction": direction, "backend": name}
         if name == "reference":
             rows[name]["needed_bytes"] = needed
-            free = measure.free_memory(cpu)
+            free = measure.free_memory(device)
             if needed + (peak or 0) > 0.9 * free:
                 rows[name]["free_bytes"] = int(free)
                 continue
         works[name] = measure.Work(partial(call, name))
-        _, first[name], peak = measure.call_and_peak(works[name].run, cpu)
+        _, first[name], peak = measure.call_and_peak(works[name].run, device)
         rows[name]["peak_extra_bytes"] = peak
     if sum(first.values()) > seconds:
         timings = {name: measure.Timing.of([value]) for name, value in first.items()}
     else:
         network.stages.clear()  # those of the first call, which warms up
-        timings = measure.interleave(works, seconds, cpu, sum(first.values()))
+        timings = measure.interleave(works, seconds, device, sum(first.values()))
     for name, t in timings.items():
         rows[name] |= {"median_s": t.median, "p20_s": t.p20, "p80_s": t.p80, "repeats": t.repeats}
+        rows[name]["frames_per_second"] = network.frames.shape[1] / t.median
     return list(rows.values())
 
 
@@ -243,7 +287,7 @@ def run_size(
     for direction in directions:
         if direction == "training" and size > TRAINING_UP_TO:
             continue
-        needed = REFERENCE_MATRICES[direction] * 4 * counted.scores
+        needed = REFERENCE_MATRICES[direction] * network.precision.itemsize * counted.scores
         rows += run_direction(network, direction, backend, needed, args.seconds)
         gc.collect()
     seconds = {s: statistics.median(lap[s] for lap in network.stages) for s in counted.macs}
@@ -280,6 +324,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the frames in pixels (default: 224 448 896)")  # fmt: skip
     add("--frames", type=int, default=5, help="T, frames of a clip (default: 5, as the paper)")
     add("--width", type=float, default=1.0, help="factor on VGG's channels (default: 1)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--precision", choices=("float32", "bfloat16"), default="float32",
+        help="by autocast (default: float32)")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: those of torch)")
     add("--seconds", type=float, default=15.0,
         help="time for each size and direction; at least one call each (default: 15)")  # fmt: skip
@@ -308,28 +355,31 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--seconds must be a positive number, got {args.seconds}")
     if not 0 < args.width <= 1:
         raise BadInput(f"--width must be in (0, 1], got {args.width}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("torch finds no GPU")
     measure.one_heap()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, sizes = torch.device("cpu"), sorted(set(args.sizes))
+    device, sizes = torch.device(args.device), sorted(set(args.sizes))
     directions = ["forward"] if args.no_backward else ["forward", "training"]
     backend = backends.choose(
-        "shunted_attention", attention_op.SUPPORT, None, device.type, torch.float32
-    )
+        "shunted_attention", attention_op.SUPPORT, None, device.type,
+        measure.DTYPES[args.precision],
+    )  # fmt: skip
     if backend == "reference":
         raise BadInput("shunted_attention has no compiled backend here: nothing to compare")
 
     document = measure.record("mssa", device, vars(args))
+    document["method"]["time"] = measure.SINGLE_CALLS[device.type]
     document |= {"backend": backend, "load_before": measure.load_average()}
     print(f"{document['machine']['line']}; shunted_attention runs on {backend}")
-    model = build(args)
+    model = build(args).to(device)
     checked = Network(model, args, min(CHECK_SIZE, sizes[0]))
     try:
-        off = checked.check(backend, directions)
+        document["check"] = checked.check(backend, directions)
     except Wrong as error:
         print(f"WRONG, not timed: {error}")
         return 1
-    document["check"] = {"size": checked.frames.shape[-1], "off": off, "tolerances": TOLERANCES}
     document["cases"] = []
     for size in sizes:
         document["cases"].append(run_size(args, model, size, backend, directions))
@@ -353,6 +403,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     """The summary of one results document, as Markdown tables."""
     text, cases, options = measure.seconds_text, document["cases"], document["options"]
     narrow = "" if options["width"] == 1 else f" with {options['width']:g} of its channels"
+    if options.get("precision", "float32") != "float32":
+        narrow += f", {options['precision']}"
     lines = [
         f"| forward, {options['frames']} frames, VGG16-BN{narrow}: share of multiply-adds / time |"
         + "".join(f" {case['size']}x{case['size']} |" for case in cases),
@@ -393,7 +445,19 @@ def markdown(document: Mapping[str, Any]) -> str:
         for case in cases
     )
     shares = ", ".join(f"{case['op_share']:.1%} at {case['size']}" for case in cases)
-    off = ", ".join(f"{name} by {value:.1g}" for name, value in document["check"]["off"].items())
+    check = document["check"]
+    off = ", ".join(f"{name} by {value:.1g}" for name, value in check["off"].items())
+    if "oracle" in check:
+        allowed = ", ".join(f"{value:.1g}" for value in check["tolerances"].values())
+        off = f"ours is off the reference in {check['oracle']}: {off} (at most {allowed})"
+    else:
+        off = f"the two differ relative to the reference: {off}"
+    speeds = ", ".join(
+        f"{row['frames_per_second']:,.0f} in {row['direction']} at {case['size']}"
+        for case in cases
+        for row in case["rows"][::2]
+        if "frames_per_second" in row
+    )
     single = [
         f"{row['direction']} at {case['size']}"
         for case in cases
@@ -403,9 +467,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     note = (
         'The reference is the same network with materialised scores (`backend="reference"`). '
         f"The op's share of the multiply-adds: {shares}; with {WIDE} channels (counted, not run): "
-        f"{wide}. Before timing, at {document['check']['size']} pixels, the two differ relative "
-        f"to the reference: {off}."
+        f"{wide}. Before timing, at {check['size']} pixels, {off}."
     )
+    if speeds:
+        note += f" Frames a second: {speeds}."
     if single:
         note += f" One call each, without warm-up: {', '.join(single)}."
     return "\n".join([*lines, "", note])

@@ -26,6 +26,7 @@ from .dense_crf import _size
 STAGES = ("flow", "prior", "spatial", "temporal", "ConvLSTM", "fusion", "CRF")
 WAYS = ("window by window", "window by window, priors kept", "streaming")
 NETWORK = "network alone, "
+NETWORK_AND_CRF = "networks, ConvLSTM, fusion and CRF, in one run"
 PAPER = {"machine": "TITAN X, 2018", "network_s": 2.1, "crf_s": 0.8, "window_s": 2.9}
 
 
@@ -56,8 +57,15 @@ class Pipeline:
             options = {"width": args.width} if args.backbone.startswith("vgg") else None
             self.source = MotionPrior(args.backbone, options).to(device).eval()
         self.device, self.pictures = device, frames
+        self.precision = measure.DTYPES[args.precision]
         self.frames = torch.from_numpy(frames[:-1]).movedim(-1, 1)  # (T, 3, H, W) uint8
         self.size = tuple(self.frames.shape[-2:])
+
+    def narrow(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """`call(*arguments)`, of the networks, the ConvLSTM or the fusion, in their precision."""
+        enabled = self.precision != torch.float32
+        with torch.autocast(self.device.type, self.precision, enabled=enabled):
+            return call(*arguments)
 
     def flow(self, count: int | None = None) -> list[Any]:
         """Of the last `count` frames of the window, to their next ones."""
@@ -97,14 +105,19 @@ class Pipeline:
         """
         new = self.prior(self.flow(flows))
         prior = new if prior is None else torch.cat([prior[:, flows:], new], 1)
-        logits = self.model(self.images(len(self.frames)), prior)
-        return self.refined(logits)
+        return self.network_and_crf(prior)
+
+    def network_and_crf(self, prior: Tensor) -> Tensor:
+        return self.refined(self.narrow(self.model, self.images(len(self.frames)), prior))
 
     def streamed(self, carried: list[Tensor]) -> Tensor:
         """The same mask from the maps of the frames before and the one new frame."""
         return self.refined(self.network_streamed(self.prior(self.flow(1)), carried))
 
     def network_streamed(self, prior: Tensor, carried: list[Tensor]) -> Tensor:
+        return self.narrow(self._network_streamed, prior, carried)
+
+    def _network_streamed(self, prior: Tensor, carried: list[Tensor]) -> Tensor:
         maps = self.model.encode(self.images(1), prior)
         maps = [torch.cat([c[:, 1:], m], 1) for c, m in zip(carried, maps, strict=True)]
         return self.model.decode(maps, self.size)
@@ -112,29 +125,34 @@ class Pipeline:
 
 def calls(pipeline: Pipeline) -> dict[str, Callable[[], object]]:
     """What is timed, by name; raises AssertionError where two ways give two masks."""
-    model, count = pipeline.model, len(pipeline.frames)
-    flows = pipeline.flow()
+    model, narrow, size = pipeline.model, pipeline.narrow, pipeline.size
+    count, flows = len(pipeline.frames), pipeline.flow()
     images, prior = pipeline.images(count), pipeline.prior(flows)
-    maps = [pipeline.spatial(images), pipeline.temporal(images, prior)]
-    o_last = model.recur(maps, pipeline.size)
-    logits = model.fuse(maps, o_last, pipeline.size)
+    maps = [narrow(pipeline.spatial, images), narrow(pipeline.temporal, images, prior)]
+    o_last = narrow(model.recur, maps, size)
+    logits = narrow(model.fuse, maps, o_last, size)
     mask = pipeline.refined(logits)
     carried = [torch.cat([m[:, :1], m[:, :-1]], 1) for m in maps]  # as after the frame before
+    exact = pipeline.device.type == "cpu" and pipeline.precision == torch.float32
+    off = (1e-4 if exact else 2e-2) * logits.abs().max().item()  # bfloat16, or TF32 by default
+    for anew in (narrow(model, images, prior), pipeline.network_streamed(prior[:, -1:], carried)):
+        torch.testing.assert_close(anew, logits, atol=off, rtol=0)
     torch.testing.assert_close(pipeline.window(), mask, atol=1e-3, rtol=0)
     torch.testing.assert_close(pipeline.streamed(carried), mask, atol=1e-3, rtol=0)
     return {
         "flow": pipeline.flow,
         "prior": partial(pipeline.prior, flows),
-        "spatial": lambda: pipeline.spatial(pipeline.images(count)),
-        "temporal": lambda: pipeline.temporal(images, prior),
-        "ConvLSTM": lambda: model.recur(maps, pipeline.size),
-        "fusion": lambda: model.fuse(maps, o_last, pipeline.size),
-        "CRF": lambda: pipeline.refined(logits),
+        "spatial": lambda: narrow(pipeline.spatial, pipeline.images(count)),
+        "temporal": partial(narrow, pipeline.temporal, images, prior),
+        "ConvLSTM": partial(narrow, model.recur, maps, size),
+        "fusion": partial(narrow, model.fuse, maps, o_last, size),
+        "CRF": partial(pipeline.refined, logits),
         WAYS[0]: pipeline.window,
         WAYS[1]: partial(pipeline.window, 1, prior),
         WAYS[2]: partial(pipeline.streamed, carried),
-        NETWORK + WAYS[0]: lambda: model(images, prior),
-        NETWORK + WAYS[2]: lambda: pipeline.network_streamed(prior[:, -1:], carried),
+        NETWORK + WAYS[0]: partial(narrow, model, images, prior),
+        NETWORK + WAYS[2]: partial(pipeline.network_streamed, prior[:, -1:], carried),
+        NETWORK_AND_CRF: partial(pipeline.network_and_crf, prior),
     }
 
 
@@ -149,6 +167,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=float, default=1.0, help="factor on VGG's channels (default: 1)")
     add("--prior", choices=("regions", "flow-magnitude"), default="regions",
         help="regions: the paper's; flow-magnitude: the cheap substitute")  # fmt: skip
+    add("--precision", choices=("float32", "bfloat16"), default="float32",
+        help="of the networks, the ConvLSTM and the fusion (default: float32)")  # fmt: skip
     add("--full-resolution", action="store_true", help="ConvLSTM at the size of the frames")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, help="CPU threads (default: those of torch)")
@@ -188,8 +208,9 @@ def run(args: argparse.Namespace) -> int:
     device, (width, height) = torch.device(args.device), args.size
     try:
         chosen = backends.choose(
-            "conv_lstm", conv_lstm_op.SUPPORT, args.backend, device.type, torch.float32
-        )
+            "conv_lstm", conv_lstm_op.SUPPORT, args.backend, device.type,
+            measure.DTYPES[args.precision],
+        )  # fmt: skip
         frames, _ = synthetic_clip(
             args.seed, 0, args.frames + 1, (height, width), split="val", photos=False
         )
@@ -197,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(str(error)) from None
 
     document = measure.record("msst", device, vars(args))
+    document["method"]["time"] = measure.SINGLE_CALLS[device.type]
     document |= {"backend": chosen, "paper": PAPER, "load_before": measure.load_average()}
     print(f"{document['machine']['line']}; conv_lstm runs on {chosen}")
     with torch.inference_mode():
@@ -259,6 +281,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += [
         f"| all, in one run | {text(seconds[WAYS[0]])} | |",
         f"| networks, ConvLSTM and fusion | {text(network)} | |",
+        f"| {NETWORK_AND_CRF} | {text(seconds[NETWORK_AND_CRF])} | |",
         f"| the paper: networks | {text(paper['network_s'])} ({paper['machine']}) | |",
         f"| the paper: CRF | {text(paper['crf_s'])} | |",
         f"| the paper: all | {text(paper['window_s'])} | |",
@@ -273,8 +296,9 @@ def markdown(document: Mapping[str, Any]) -> str:
         )
     resolution = "the frames'" if options["full_resolution"] else "branch"
     note = (
-        f"Backbone {options['backbone']}, prior {options['prior']}, ConvLSTM at {resolution} "
-        f"resolution; ConvLSTM and CRF together {case['conv_lstm_and_crf_share']:.1%}. Peak memory "
-        f"of a window, beside frames and weights: {measure.bytes_text(case['peak_extra_bytes'])}."
+        f"Backbone {options['backbone']}, {options['precision']}, prior {options['prior']}, "
+        f"ConvLSTM at {resolution} resolution; ConvLSTM and CRF together "
+        f"{case['conv_lstm_and_crf_share']:.1%}. Peak memory of a window, beside frames "
+        f"and weights: {measure.bytes_text(case['peak_extra_bytes'])}."
     )
     return "\n".join([*lines, "", note])

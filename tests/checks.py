@@ -284,3 +284,38 @@ def lstm_sweep_case(index, dtypes):
         "seed": index,
     }
     return inputs, {"dilation": pick((1, 1, 2, 3)), "recompute": pick((True, False))}
+
+
+# ---- the two systems
+
+
+def system_results(model, loss, *inputs):
+    """name -> tensor on the CPU: logits in evaluation, then each gradient of loss(*outputs)."""
+    inputs = [x.to(next(model.parameters())) for x in inputs]
+    with torch.no_grad():
+        logits = model.eval()(*inputs)
+    outputs = model.train()(*inputs)
+    loss(*(outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
+    return {"logits": logits.cpu()} | gradients
+
+
+def assert_same_system(actual, expected, tolerance):
+    """Each result within `tolerance` of its largest number and, for those that are 0 but for
+    rounding (of a bias before a batch norm), of a thousandth of the largest of all."""
+    largest = max(x.abs().max().item() for x in expected.values())
+    for name, x in expected.items():
+        off = (actual[name] - x).abs().max().item()
+        bound = tolerance * (x.abs().max().item() + 1e-3 * largest)
+        assert off <= bound, f"{name}: off by {off:.2e}, above {bound:.2e}"
+
+
+@contextlib.contextmanager
+def exact_float32():
+    """Inside, cuDNN does not compute float32 in TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -24,3 +24,5 @@ def _torch_state():
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # tests in other processes share the GPU

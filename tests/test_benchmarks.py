@@ -310,12 +310,12 @@ def test_dense_crf(tmp_path, capsys):
     pytest.importorskip("pydensecrf", reason="the extra `bench` is not installed")
     options = ["--size", "40x30", "--seconds", "0.05", "--out", str(tmp_path)]
     assert main(["dense_crf", *options]) == 0
-    document = read(tmp_path, "dense_crf-cpu-synthetic")
+    document = read(tmp_path, "dense_crf")
     assert [case["batch"] for case in document["cases"]] == [1, 4]
     for case in document["cases"]:
         assert case["mean_difference"] <= 1e-3
         assert [row["rival"] for row in case["rows"]] == ["dense_crf", "pydensecrf"]
-    assert (tmp_path / "dense_crf-cpu-synthetic-time.svg").exists()
+    assert (tmp_path / "dense_crf-time.svg").exists()
     assert "1 x 40x30" in capsys.readouterr().out
     from benchmarks import dense_crf
 
@@ -341,4 +341,21 @@ def test_dense_crf_does_not_time_a_wrong_result(tmp_path, capsys, monkeypatch):
     options = ["--size", "40x30", "--batch", "1", "--seconds", "0.05", "--out", str(tmp_path)]
     assert main(["dense_crf", *options]) == 1
     assert "WRONG" in capsys.readouterr().out
-    assert read(tmp_path, "dense_crf-cpu-synthetic")["cases"][0]["rows"] == []
+    assert read(tmp_path, "dense_crf")["cases"][0]["rows"] == []
+
+
+def test_dense_crf_without_pydensecrf(tmp_path, capsys, monkeypatch):
+    """On a GPU this project's CPU op takes its place, and says so; on a CPU it is asked for."""
+    from benchmarks import dense_crf
+
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
+    options = ["--size", "40x30", "--batch", "4", "--seconds", "0.05", "--out", str(tmp_path)]
+    assert main(["dense_crf", *options]) == 2
+    assert "pip install pydensecrf2" in capsys.readouterr().err
+    assert dense_crf.find_rival(torch.device("cuda")) == "dense_crf on the CPU"
+    monkeypatch.setattr(dense_crf, "find_rival", lambda device: dense_crf.ON_CPU)
+    assert main(["dense_crf", *options]) == 0
+    assert "the rival is dense_crf on the CPU" in capsys.readouterr().out
+    document = read(tmp_path, "dense_crf")
+    assert document["cases"][0]["mean_difference"] == 0
+    assert "| of dense_crf on the CPU |" in dense_crf.markdown(document)

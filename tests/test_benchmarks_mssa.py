@@ -54,6 +54,44 @@ def test_records_and_page(tmp_path, capsys):
     assert table in page.read_text() and "(results/machine/mssa.csv)" in page.read_text()
 
 
+def test_bfloat16_by_the_error_rule(tmp_path, capsys):
+    document = run(tmp_path, "--precision", "bfloat16")
+    check = document["check"]
+    assert check["oracle"] == "float64"
+    for name, value in check["off"].items():
+        assert 2**-9 < value <= check["tolerances"][name] < 1  # half an ulp of bfloat16 at least
+    (case,) = document["cases"]
+    for row in case["rows"]:
+        assert row["frames_per_second"] == pytest.approx(2 / row["median_s"])
+    table = mssa.markdown(document)
+    assert "of its channels, bfloat16:" in table and "off the reference in float64" in table
+    assert "Frames a second: " in table
+
+
+def test_laps_of_marks_that_are_read_later():
+    """As a GPU's events, which must not be read before the forward is at its end."""
+    import torch
+
+    model, marks = mssa.build(mssa_arguments("--width", "0.0625")), []
+
+    def mark():
+        marks.append(len(marks))
+        return marks[-1]
+
+    done = False
+
+    def between(begin, end):
+        assert done and end == begin + 1
+        return 1.0
+
+    with torch.inference_mode(), mssa.laps(model, mark, between) as stages:
+        for _ in range(2):
+            model(torch.rand(1, 2, 3, 32, 32))
+        done = True
+    # What lies between two forwards is nobody's.
+    assert stages["backbone"] == stages["decoder"] == 2 and sum(stages.values()) == len(marks) - 2
+
+
 def test_multiply_adds_of_the_paper():
     """By hand, for the attention op and what surrounds it at stride 8 of a 224 x 224 clip."""
     counted = mssa.count(mssa_arguments(), 224)
@@ -74,12 +112,12 @@ def test_multiply_adds_of_the_paper():
     assert larger.op > 15.9 * counted.op and larger.total < 6 * counted.total
 
 
-def mssa_arguments():
+def mssa_arguments(*options):
     import argparse
 
     parser = argparse.ArgumentParser()
     mssa.add_arguments(parser)
-    return parser.parse_args([])
+    return parser.parse_args(options)
 
 
 def test_a_reference_that_does_not_fit_is_not_run(tmp_path, monkeypatch):

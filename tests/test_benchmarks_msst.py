@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import msst
 from benchmarks.__main__ import main
+from vsod_models.msst import MSST
 
 TINY = ["msst", "--size", "48x40", "--width", "0.0625", "--seconds", "0.01", "--threads", "1"]
 
@@ -26,7 +27,7 @@ def test_records(tmp_path, capsys, options):
     assert document["benchmark"] == "msst" and document["paper"]["window_s"] == 2.9
     (case,) = document["cases"]
     measured = {row["what"]: row["median_s"] for row in case["rows"]}
-    assert {*msst.STAGES, *msst.WAYS} <= set(measured)
+    assert {*msst.STAGES, *msst.WAYS, msst.NETWORK_AND_CRF} <= set(measured)
     assert all(seconds > 0 for seconds in measured.values())
     share = (measured["ConvLSTM"] + measured["CRF"]) / sum(measured[s] for s in msst.STAGES)
     assert case["conv_lstm_and_crf_share"] == pytest.approx(share)
@@ -49,6 +50,30 @@ def test_two_ways_that_differ_are_not_timed(tmp_path, capsys, monkeypatch):
     assert main([*TINY, "--out", str(tmp_path)]) == 1
     assert "WRONG, not timed" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_is_for_the_networks(tmp_path, capsys, monkeypatch):
+    seen = {}
+    for stage in ("spatial", "recur", "fuse"):
+        of = msst.Pipeline if stage == "spatial" else MSST
+        call = getattr(of, stage)
+
+        def note(self, *arguments, stage=stage, call=call):
+            seen[stage] = torch.is_autocast_enabled("cpu")
+            return call(self, *arguments)
+
+        monkeypatch.setattr(of, stage, note)
+    refine = msst.dense_crf
+
+    def crf(*arguments):
+        seen["CRF"] = torch.is_autocast_enabled("cpu")
+        return refine(*arguments)
+
+    monkeypatch.setattr(msst, "dense_crf", crf)
+    options = [*TINY, "--precision", "bfloat16", "--prior", "flow-magnitude"]
+    assert main([*options, "--out", str(tmp_path)]) == 0
+    assert seen == {"spatial": True, "recur": True, "fuse": True, "CRF": False}
+    assert "Backbone vgg16, bfloat16, prior" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,15 @@ from vsod_ops.conv_lstm import triton_kernels as tk  # noqa: E402
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
 
-on_device = pytest.mark.skipif(
+needs_device = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRET, reason="no GPU, and not in the interpreter"
 )
 compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+
+
+def on_device(test):
+    """On a GPU, where `-m cuda` selects it, or in the interpreter."""
+    return pytest.mark.cuda(needs_device(test))
 
 
 @compiled_only

@@ -11,7 +11,7 @@ from test_dense_crf import DSS, NUMBERS, assert_like_pydensecrf, noise, pydensec
 from test_dense_crf_cuda_phases import SIZES, assert_like_the_cpu_kernel, constant, on_host
 
 from vsod_ops import backends, dense_crf
-from vsod_ops.dense_crf import PRESETS, reference
+from vsod_ops.dense_crf import PRESETS, op, reference
 
 MODULE = backends.compiled_module("_cuda")
 needs_gpu = [
@@ -127,6 +127,43 @@ def test_side_stream():
         aside = dense_crf(prob, image, backend="cuda")
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(aside, expected)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device_while_the_first_is_current():
+    prob, image = scene(2, 97, 131)
+    with torch.cuda.device(0):
+        actual = dense_crf(prob.to("cuda:1"), image.to("cuda:1"), backend="cuda")
+    assert actual.device.index == 1 and torch.equal(actual.cpu(), run(prob, image))
+
+
+@on_gpu
+def test_compile():
+    prob, image = (x.cuda() for x in scene(2, 97, 131))
+
+    def call(prob, image):
+        return 2 * dense_crf(prob, image)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(prob, image), call(prob, image))
+
+
+@on_gpu
+@pytest.mark.parametrize("classes", (0, 3))
+def test_opcheck(classes):
+    prob, image = (x.cuda() for x in scene(2, 30, 31, classes=classes))
+    torch.library.opcheck(op.dense_crf, (prob, image, 3, *NUMBERS, None))
+
+
+@on_gpu
+def test_more_than_2_31_elements():
+    prob, image = (x.cuda() for x in scene(1, 512, 512))
+    expected = dense_crf(prob, image, iterations=1)
+    count = 2**31 // prob.numel() + 1
+    many = dense_crf(prob.expand(count, -1, -1), image.expand(count, -1, -1, -1), iterations=1)
+    assert many.numel() > 2**31
+    assert torch.equal(many[0], expected[0]) and torch.equal(many[-1], expected[0])
 
 
 @on_gpu

@@ -9,6 +9,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("safetensors")
 
+from checks import assert_same_system, exact_float32, system_results
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -275,3 +276,40 @@ def test_models_that_cannot_be_loaded(tmp_path):
     (tmp_path / "some.ckpt").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"some\.ckpt: not a checkpoint"):
         load_model(tmp_path / "some.ckpt")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu_as_on_a_cpu(device="cuda"):
+    frames, mask = torch.rand(1, 3, 3, 48, 64), torch.zeros(1, 3, 1, 48, 64)
+    mask[..., 10:30, 20:40] = 1
+
+    def loss(logits):
+        return mssa_loss(logits, mask.to(logits.device))
+
+    with exact_float32():
+        actual = system_results(small().to(device), loss, frames)
+    assert_same_system(actual, system_results(small(), loss, frames), 1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_bfloat16_training_on_a_gpu(device="cuda"):
+    """20 steps under autocast end where those with the reference of the attention op end."""
+    frames = torch.rand(1, 3, 3, 48, 64, device=device)
+    mask = (frames[:, :, :1] > 0.5).float()
+    losses = {}
+    for backend in (None, "reference"):
+        model = small(backend=backend).train().to(device)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        for _ in range(20):
+            with torch.autocast(device, torch.bfloat16):
+                loss = mssa_loss(model(frames), mask)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.setdefault(backend, []).append(loss.item())
+    ours, reference = losses[None], losses["reference"]
+    assert ours[0] == pytest.approx(reference[0], rel=0.01)
+    assert ours[-1] < 0.99 * ours[0]
+    assert ours[-1] == pytest.approx(reference[-1], rel=0.02)

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
 
+from checks import assert_same_system, exact_float32, system_results
+
 from vsod_models.errors import InputError
 from vsod_models.losses import balanced_bce, msst_loss
 from vsod_models.msst import CONFIGURATIONS, MSST
@@ -287,3 +289,18 @@ def test_msst_loss_weighs_labels_even_in_a_batch_of_one():
     none = msst_loss(logits.requires_grad_(), None, mask, torch.zeros(2))
     none.backward()
     assert none == 0 and (logits.grad == 0).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("options", [{}, {"full_resolution": True}])
+def test_on_a_gpu_as_on_a_cpu(options, device="cuda"):
+    mask = torch.zeros(1, 1, 41, 57)
+    mask[..., 10:30, 20:40] = 1
+
+    def loss(logits, auxiliary):
+        return msst_loss(logits, auxiliary, mask.to(logits.device))
+
+    with exact_float32():
+        actual = system_results(small(**options).to(device), loss, *clip())
+    assert_same_system(actual, system_results(small(**options), loss, *clip()), 1e-4)

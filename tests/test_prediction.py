@@ -21,6 +21,7 @@ pytest.importorskip("typer")
 pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
 
+from checks import exact_float32  # noqa: E402
 from clips import decode, make_video, picture, sound_packets  # noqa: E402
 
 from vsod_models import cli, pretrained  # noqa: E402
@@ -148,13 +149,18 @@ def test_no_frames():
     assert VideoPredictor(Windowed(), "cpu").predict_clip([]) == []
 
 
-def test_mssa_in_one_window_is_the_model_itself():
+def small_mssa():
     from vsod_models.mssa import MSSA
 
-    model = MSSA(
+    torch.manual_seed(0)
+    return MSSA(
         backbone="resnet18", levels=(16, 32), skips=(8,), heads=(2, 2), dim=16, depth=1,
         feed_forward=16, decoder_dim=8, image_size=(64, 96),
     ).eval()  # fmt: skip
+
+
+def test_mssa_in_one_window_is_the_model_itself():
+    model = small_mssa()
     frames = clip(5, (64, 96))
     predictor = VideoPredictor(model, "cpu", name="small")
     with torch.inference_mode():
@@ -167,6 +173,20 @@ def test_mssa_in_one_window_is_the_model_itself():
         r"shunted_attention on backend (cpu|reference)",
         predictor.describe(),
     )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("crf", (None, "dss"))
+def test_on_a_gpu_as_on_a_cpu(crf, device="cuda"):
+    frames = clip(9, (70, 90))
+    expected = VideoPredictor(small_mssa(), "cpu", crf=crf).predict_clip(frames)
+    with exact_float32():
+        predictor = VideoPredictor(small_mssa(), device, crf=crf)
+        actual = predictor.predict_clip(frames)
+    assert predictor.describe().startswith(f"device {device}")
+    off = np.abs(np.stack(actual) - np.stack(expected))
+    assert off.max() < (1e-4 if crf is None else 1e-2) and off.mean() < 1e-4
 
 
 def test_crf_follows_the_edges_of_the_frame():

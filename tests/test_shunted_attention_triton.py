@@ -34,12 +34,17 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-on_device = pytest.mark.skipif(
+needs_device = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRET, reason="no GPU, and not in the interpreter"
 )
 compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
 TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
 NUMPY = tuple(int(x) for x in numpy.__version__.split(".")[:2])
+
+
+def on_device(test):
+    """On a GPU, where `-m cuda` selects it, or in the interpreter."""
+    return pytest.mark.cuda(needs_device(test))
 
 
 @compiled_only
@@ -473,7 +478,8 @@ def test_small_kernels_compile_without_spills(capability):
     assert figures(kernel)[1] == 0
 
 
-on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def on_gpu(test):
+    return pytest.mark.cuda(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
 
 
 @on_gpu

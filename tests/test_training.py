@@ -305,6 +305,17 @@ def test_runs_that_cannot_be(recipe, tmp_path, changes, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_bfloat16_on_a_gpu(recipe, tmp_path):
+    changes = ["iterations=2", "accelerator=cuda", "precision=bf16-mixed"]
+    train(read_config(recipe, [f"out={tmp_path}/run", *changes]))
+    before = make_model(read_config(recipe, ["out=unused"])).state_dict()
+    after = load_model(tmp_path / "run" / "model").state_dict()
+    assert all(torch.isfinite(x).all() for x in after.values())
+    assert any(not torch.equal(x, before[name]) for name, x in after.items())
+
+
 def test_a_run_folder_is_not_overwritten(recipe, tmp_path):
     train(read_config(recipe, [f"out={tmp_path}/run", "iterations=2"]))
     before = (tmp_path / "run" / "last.ckpt").read_bytes()
