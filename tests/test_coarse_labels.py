@@ -231,7 +231,7 @@ def test_bad_erase_lists(tree, content, message):
     file = tmp_path / "erase.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"erase\.json: .*{message}"):
         make_labels(records, tmp_path / "out", folders(tmp_path, "good"), erase_list=file)
     assert not (tmp_path / "out").exists()
 
@@ -245,6 +245,23 @@ def test_missing_maps(tree):
     assert not (tmp_path / "out").exists()
     manifest = make_labels(records, tmp_path / "out", sources, allow_missing=True)
     assert len(manifest["frames"]) == 3 and "map missing" in manifest["skipped"]["b/00001"]
+
+    with pytest.raises(InputError, match=r"speck/b/00001.png: no saliency map.*--allow-missing"):
+        fit_weights(records, sources)
+    assert fit_weights(records, sources, allow_missing=True) == fit_weights(
+        Records("set", "train", list(records)[:3]), sources
+    )
+    only_b = Records("set", "train", [records.sequences["b"][1]])
+    with pytest.raises(InputError, match="no frame with ground truth has all of its maps"):
+        fit_weights(only_b, sources, allow_missing=True)
+
+
+def test_frames_of_two_sizes_are_named(tree):
+    tmp_path, records = tree
+    save(tmp_path / "a" / "00001.png", scene()[:40])
+    with pytest.raises(InputError, match="sequence a, frames 00000 and 00001: optical flow"):
+        make_labels(records, tmp_path / "out", ["flow-contrast"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_empty_maps(tree):
@@ -325,7 +342,8 @@ def test_command(tree, monkeypatch, capsys):
     # the ground truth of the labelled sequence is as good as not there
     (tmp_path / "gt" / "b00000.png").write_text("no picture")
     assert vsod(*command, "-o", tmp_path / "out", "--fit", "--sequences", "b") == 0
-    assert "2 labels (1.00" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "2 labels (1.00" in printed.out and printed.err == ""
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b", "manifest.json"]
     for extra, message in (
         (["--sequences", "c"], "has no sequence 'c'"),
@@ -336,3 +354,7 @@ def test_command(tree, monkeypatch, capsys):
         assert vsod(*command, "-o", tmp_path / "other", *extra) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+    (tmp_path / "good" / "a" / "00000.png").unlink()
+    fit = (*command, "-o", tmp_path / "less", "--fit", "--sequences", "b")
+    assert vsod(*fit) == 2
+    assert vsod(*fit, "--allow-missing") == 0
