@@ -239,6 +239,14 @@ def test_predict_command(tmp_path, capsys):
         for name in ("other", "with its prior")
     )
     assert all(map(np.array_equal, expected, found))
+    small("os").save_pretrained(tmp_path / "os")
+    capsys.readouterr()
+    assert predict("os", "--prior", tmp_path / "prior", out="third") == 2
+    assert "takes no motion prior" in capsys.readouterr().err
+    cv2.imwrite(str(tmp_path / "frames" / "00002.png"), np.zeros((30, 40, 3), np.uint8))
+    assert predict("msst", out="third") == 2
+    assert "frames 00001 and 00002: optical flow needs" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
     assert predict("prior", out="third") == 2
     assert "a motion prior, not a model of saliency" in capsys.readouterr().err
 
