@@ -170,6 +170,11 @@ def test_fitted_weights_prefer_the_map_that_knows(tree):
     weights = fit_weights(records, sources, on_frame=lambda: seen.append(1))
     assert len(seen) == 4 and sum(weights) == pytest.approx(1) and min(weights) >= 0
     assert weights[1] > 0.7 and weights[0] < 0.05  # the speck's map has the object too
+    for record in records:  # a constant on top changes nothing: Otsu does not mind the mean
+        picture = cv2.imread(str(tmp_path / "good" / record.sequence / f"{record.name}.png"), 0)
+        save(tmp_path / "raised" / record.sequence / f"{record.name}.png", picture // 4 + 150)
+    raised, speck = fit_weights(records, folders(tmp_path, "raised", "speck"))
+    assert raised > 0.8 and speck < 0.2
     with pytest.raises(InputError, match="no ground truth to fit"):
         fit_weights(Records("set", "train", []), sources)
     empty = tmp_path / "empty"
@@ -254,6 +259,19 @@ def test_missing_maps(tree):
     only_b = Records("set", "train", [records.sequences["b"][1]])
     with pytest.raises(InputError, match="no frame with ground truth has all of its maps"):
         fit_weights(only_b, sources, allow_missing=True)
+
+
+def test_a_full_disk_leaves_no_labels(tree):
+    resource = pytest.importorskip("resource", reason="no limits on files here")
+    tmp_path, records = tree
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*00000\.png"):
+            make_labels(records, tmp_path / "out", folders(tmp_path, "good"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
 
 
 def test_frames_of_two_sizes_are_named(tree):
