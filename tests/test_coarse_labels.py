@@ -1,6 +1,7 @@
 """Coarse labels: the built-in maps find objects, the sum and its threshold, erasing, bad input."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,22 @@ def test_sum_threshold_and_manifest(tree):
     assert speck_only["skipped"] == {}
 
 
+def test_only_frames_without_ground_truth(tree):
+    tmp_path, records = tree
+    with pytest.raises(InputError, match="every frame has ground truth"):
+        make_labels(records, tmp_path / "out", unlabelled=True)
+    rest = [replace(r, mask=None) if r.name == "00001" else r for r in records]
+    some = Records("set", "train", rest)
+    erase = tmp_path / "erase.json"
+    erase.write_text('[{"frame": "a/00000", "point": [31, 21]}]')
+    with pytest.raises(InputError, match="no frame a/00000 to label"):
+        make_labels(some, tmp_path / "out", unlabelled=True, erase_list=erase)
+    manifest = make_labels(some, tmp_path / "out", unlabelled=True)
+    assert set(manifest["frames"]) == {"a/00001", "b/00001"} and not manifest["skipped"]
+    kinds = {f"{r.sequence}/{r.name}": r.label for r in with_coarse_labels(some, tmp_path / "out")}
+    assert kinds == {"a/00000": "fine", "a/00001": "coarse", "b/00000": "fine", "b/00001": "coarse"}
+
+
 def test_otsu_splits_two_levels():
     combined = np.where(OBJECT, 0.7, 0.2)
     label, threshold = binary_label(combined)
@@ -170,6 +187,11 @@ def test_fitted_weights_prefer_the_map_that_knows(tree):
     weights = fit_weights(records, sources, on_frame=lambda: seen.append(1))
     assert len(seen) == 4 and sum(weights) == pytest.approx(1) and min(weights) >= 0
     assert weights[1] > 0.7 and weights[0] < 0.05  # the speck's map has the object too
+    for record in records:  # a constant on top changes nothing: Otsu does not mind the mean
+        picture = cv2.imread(str(tmp_path / "good" / record.sequence / f"{record.name}.png"), 0)
+        save(tmp_path / "raised" / record.sequence / f"{record.name}.png", picture // 4 + 150)
+    raised, speck = fit_weights(records, folders(tmp_path, "raised", "speck"))
+    assert raised > 0.8 and speck < 0.2
     with pytest.raises(InputError, match="no ground truth to fit"):
         fit_weights(Records("set", "train", []), sources)
     empty = tmp_path / "empty"
@@ -214,7 +236,7 @@ def test_disputed_regions_are_erased_and_marked(tree):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('[{"frame": "c/00000", "point": [1, 1]}]', "no frame c/00000 here"),
+        ('[{"frame": "c/00000", "point": [1, 1]}]', "no frame c/00000 to label here"),
         ('[{"frame": "a/00000", "point": [70, 50]}]', r"no region to erase at point \[70, 50\]"),
         ('[{"frame": "a/00000", "point": [80, 50]}]', "is outside 80x60"),
         ('[{"frame": "a/00000", "box": [60, 50, 70, 55]}]', "no region to erase at box"),
@@ -231,7 +253,7 @@ def test_bad_erase_lists(tree, content, message):
     file = tmp_path / "erase.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"erase\.json: .*{message}"):
         make_labels(records, tmp_path / "out", folders(tmp_path, "good"), erase_list=file)
     assert not (tmp_path / "out").exists()
 
@@ -245,6 +267,36 @@ def test_missing_maps(tree):
     assert not (tmp_path / "out").exists()
     manifest = make_labels(records, tmp_path / "out", sources, allow_missing=True)
     assert len(manifest["frames"]) == 3 and "map missing" in manifest["skipped"]["b/00001"]
+
+    with pytest.raises(InputError, match=r"speck/b/00001.png: no saliency map.*--allow-missing"):
+        fit_weights(records, sources)
+    assert fit_weights(records, sources, allow_missing=True) == fit_weights(
+        Records("set", "train", list(records)[:3]), sources
+    )
+    only_b = Records("set", "train", [records.sequences["b"][1]])
+    with pytest.raises(InputError, match="no frame with ground truth has all of its maps"):
+        fit_weights(only_b, sources, allow_missing=True)
+
+
+def test_a_full_disk_leaves_no_labels(tree):
+    resource = pytest.importorskip("resource", reason="no limits on files here")
+    tmp_path, records = tree
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*00000\.png"):
+            make_labels(records, tmp_path / "out", folders(tmp_path, "good"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_of_two_sizes_are_named(tree):
+    tmp_path, records = tree
+    save(tmp_path / "a" / "00001.png", scene()[:40])
+    with pytest.raises(InputError, match="sequence a, frames 00000 and 00001: optical flow"):
+        make_labels(records, tmp_path / "out", ["flow-contrast"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_empty_maps(tree):
@@ -268,7 +320,8 @@ def test_other_bad_input(tree):
         (dict(sources=good, weights=[1, 2]), "1 numbers"),
         (dict(sources=good, weights=[-1]), "none negative"),
         (dict(sources=good, weights=[0]), "not all zero"),
-        (dict(sources=good, agree=2), "agree is 2"),
+        (dict(sources=good, agree=2, auto_erase=True), "agree is 2"),
+        (dict(sources=good, agree=1), "agree is for auto_erase"),
     ):
         with pytest.raises(InputError, match=message):
             make_labels(records, tmp_path / "out", **options)
@@ -325,7 +378,8 @@ def test_command(tree, monkeypatch, capsys):
     # the ground truth of the labelled sequence is as good as not there
     (tmp_path / "gt" / "b00000.png").write_text("no picture")
     assert vsod(*command, "-o", tmp_path / "out", "--fit", "--sequences", "b") == 0
-    assert "2 labels (1.00" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "2 labels (1.00" in printed.out and printed.err == ""
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b", "manifest.json"]
     for extra, message in (
         (["--sequences", "c"], "has no sequence 'c'"),
@@ -336,3 +390,7 @@ def test_command(tree, monkeypatch, capsys):
         assert vsod(*command, "-o", tmp_path / "other", *extra) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+    (tmp_path / "good" / "a" / "00000.png").unlink()
+    fit = (*command, "-o", tmp_path / "less", "--fit", "--sequences", "b")
+    assert vsod(*fit) == 2
+    assert vsod(*fit, "--allow-missing") == 0

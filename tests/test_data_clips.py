@@ -219,6 +219,9 @@ def test_labels_priors_and_cache(tmp_path):
     Image.fromarray(Disc(1)()[:20]).save(path)
     with pytest.raises(InputError, match=r"prior\.png: the motion prior is \d+x20, its frame"):
         ClipDataset(records, 3, **options)[0]
+    for wrong in ({"corse": 0.5}, {"coarse": -1.0}):
+        with pytest.raises(InputError, match=r"label_weights\.co"):
+            ClipDataset(records, label_weights=wrong)
     some = [replace(r, prior=None) if r.frame == 1 else r for r in records]
     with pytest.raises(InputError, match="have no motion prior"):
         ClipDataset(Records("discs", "train", some), 3, **options)

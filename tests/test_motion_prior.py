@@ -185,6 +185,50 @@ def test_a_picture_of_another_size_in_a_sequence(tmp_path):
         make_priors(records, FlowMagnitude(), tmp_path / "cache")
 
 
+def test_the_map_is_the_mean_over_the_scales():
+    pictures, _ = clip()
+    model = statistics_prior()
+    flow = optical_flow(pictures[0], pictures[1], 256)
+    single = []
+    for scale in model.scales:
+        other = statistics_prior(scales=(scale,))
+        other.load_state_dict(model.state_dict())
+        single.append(other.from_flow(flow))
+    assert not np.allclose(*single)
+    np.testing.assert_allclose(model.from_flow(flow), np.mean(single, 0), atol=1e-6)
+
+
+def test_training_names_what_it_cannot_learn_from(tmp_path):
+    records = as_records(tmp_path / "sizes", {"a": clip(3)})
+    cv2.imwrite(str(records[2].image), texture(0, 40, 40))
+    with pytest.raises(InputError, match=r"sequence a, frames 00001 and 00002: .*96x72 and 40x40"):
+        train_prior(statistics_prior(), records)
+    records = as_records(tmp_path / "empty", {"a": clip(3)})
+    for record in records:
+        cv2.imwrite(str(record.mask), np.zeros((72, 96), np.uint8))
+    with pytest.raises(InputError, match="nothing is salient in the 2 frames"):
+        train_prior(statistics_prior(), records)
+
+
+@pytest.fixture
+def full_disk():
+    """Files larger than 1 KB cannot be written."""
+    resource = pytest.importorskip("resource", reason="no limits on files here")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_no_prior(tmp_path, full_disk, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
+    records = [Record("a", t, f"{t:05d}", lambda: noise, None, "train") for t in range(2)]
+    monkeypatch.setattr(motion_prior, "frame_prior", lambda *_: noise[..., 0] / np.float32(255))
+    with pytest.raises(OSError, match=r"File too large: .*/00000\.png"):
+        make_priors(Records("set", "train", records), FlowMagnitude(), tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_regions_work_on_a_smaller_flow():
     model = statistics_prior(region_side=50, scales=(100,))
     flow = np.full((100, 200, 2), (4, 0), np.float32)
@@ -224,7 +268,10 @@ def test_backbone_features_are_pooled_and_stay_frozen(tmp_path):
     regions = labels[0].max() + 1
     assert regions > 1
     assert features.shape == (regions, motion_prior.STATISTICS + 3 * channels)
-    frame = features[:, -channels:]
+    own, near, frame = features[:, motion_prior.STATISTICS :].split(channels, 1)
+    area, touch = np.bincount(labels[0].ravel()), neighbours(labels[0])
+    expected = np.average(own.numpy()[touch[0]], axis=0, weights=area[touch[0]])
+    np.testing.assert_allclose(near[0], expected, rtol=1e-4)
     assert torch.equal(frame, frame[:1].expand_as(frame))
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
     train_prior(model, as_records(tmp_path, {"a": clip(3)}), epochs=2)

@@ -233,14 +233,25 @@ def test_predict_command(tmp_path, capsys):
     assert predict("msst", "--prior", "raft", out="third") == 2
     assert predict("msst", "--crf", "sharp", out="third") == 2
     assert "crf must be one of dss, deeplab, got sharp" in capsys.readouterr().err
-    shutil.copytree(tmp_path / "prior", tmp_path / "msst" / "prior")  # as `vsod train` leaves it
-    assert predict("msst", out="with its prior") == 0
-    assert f"prior {tmp_path / 'msst' / 'prior'}\n" in capsys.readouterr().out
+    small(prior="regions").save_pretrained(tmp_path / "own")  # as `vsod train` leaves it
+    assert predict("own", out="third") == 2
+    assert "own/prior: no motion prior here" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "prior", tmp_path / "own" / "prior")
+    assert predict("own", out="with its prior") == 0
+    assert f"prior {tmp_path / 'own' / 'prior'}\n" in capsys.readouterr().out
     expected, found = (
         [cv2.imread(str(p)) for p in sorted((tmp_path / name).iterdir())]
         for name in ("other", "with its prior")
     )
     assert all(map(np.array_equal, expected, found))
+    small("os").save_pretrained(tmp_path / "os")
+    capsys.readouterr()
+    assert predict("os", "--prior", tmp_path / "prior", out="third") == 2
+    assert "takes no motion prior" in capsys.readouterr().err
+    cv2.imwrite(str(tmp_path / "frames" / "00002.png"), np.zeros((30, 40, 3), np.uint8))
+    assert predict("msst", out="third") == 2
+    assert "frames 00001 and 00002: optical flow needs" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
     assert predict("prior", out="third") == 2
     assert "a motion prior, not a model of saliency" in capsys.readouterr().err
 

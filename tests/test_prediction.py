@@ -463,6 +463,11 @@ def test_a_dataset_for_evaluation(vsod, tmp_path):
     assert "3 frames of" in vsod(*arguments)[1]  # the other sequence is kept
     code, _, error = vsod("in.mp4", *arguments)
     assert code == 2 and "or --dataset" in error
+    before = sorted(p for p in data.rglob("*"))
+    for own in ("JPEGImages", "Annotations"):
+        code, _, error = vsod(*arguments[:4], "-o", data / own / "480p", "--overwrite")
+        assert code == 2 and "is a folder of the dataset itself" in error
+    assert sorted(p for p in data.rglob("*")) == before
     code, _, error = vsod("-o", out)
     assert code == 2 and "give an input" in error
 

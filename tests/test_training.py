@@ -171,6 +171,40 @@ def test_a_checkpoint_is_a_model_and_a_start(recipe, tmp_path):
         train(read_config(recipe, [*other, f"out={tmp_path}/third", "model.dim=32"]))
 
 
+def test_a_step_of_msst_is_the_papers_loss(tmp_path):
+    """Of the last frame, weighted by its label, with beta; from the earlier stage's weights."""
+    from vsod_models.losses import balanced_bce
+    from vsod_models.msst import MSST
+    from vsod_models.training import Task, make_model
+
+    small = {"width": 0.0625, "hidden": 4, "output_stride": 16}
+    torch.manual_seed(7)
+    before = MSST("st", **small)
+    before.save_pretrained(tmp_path)
+    config = read_config(ROOT / "recipes" / "msst-full.yaml", [
+        "out=x", "backbone_weights=null", f"initial={tmp_path}", "loss.beta=0.3",
+        *(f"model.{key}={value}" for key, value in small.items()),
+    ])  # fmt: skip
+    task = Task(make_model(config), config)
+    task.log = lambda *_: None
+    kept = task.model.state_dict()
+    assert all(torch.equal(kept[name], x) for name, x in before.state_dict().items())
+
+    for module in task.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    frames, prior = torch.rand(2, 4, 3, 17, 17), torch.rand(2, 4, 1, 17, 17)
+    masks = (torch.rand(2, 4, 1, 17, 17) > 0.6).float()
+    valid, weight = torch.ones(2, 4), torch.tensor([[1.0, 1, 1, 0.5], [1, 1, 1, 1]])
+    batch = dict(frames=frames, prior=prior, masks=masks, valid=valid, weight=weight)
+    each = [balanced_bce(m, masks[:, -1]).squeeze(1) for m in task.model(frames, prior)]
+    expected = (weight[:, -1] * (each[0] + 0.3 * each[1])).mean()
+    torch.testing.assert_close(task.training_step(batch, 0), expected)
+    valid[0, -1] = 0
+    expected = each[0][1] + 0.3 * each[1][1]
+    torch.testing.assert_close(task.training_step(batch, 0), expected)
+
+
 def test_the_three_stages_of_msst(tmp_path):
     """os -> st -> full, each from the one before, with priors made and coarse labels mixed in."""
     from vsod_models.cli import app

@@ -288,7 +288,7 @@ def prior_make(
     ] = "flow-magnitude",
     cache: Annotated[Path | None, typer.Option(help="Instead of the user's cache folder.")] = None,
 ) -> None:
-    """Make the motion priors of a dataset ahead of training; those that are there are kept."""
+    """Make the motion priors of a dataset ahead of training; sequences that have all are kept."""
     from .data import open_dataset
     from .motion_prior import default_cache, load_prior, make_priors
 
@@ -307,6 +307,9 @@ def label_coarse(
     sequences: Annotated[
         str | None, typer.Option(help="Label only these, separated by commas.")
     ] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Label only frames without ground truth.")
+    ] = False,
     maps: Annotated[
         list[str] | None,
         typer.Option(
@@ -318,7 +321,10 @@ def label_coarse(
         str | None, typer.Option(help="One for each --maps, separated by commas.")
     ] = None,
     fit: Annotated[
-        bool, typer.Option("--fit", help="Fit the weights on ground truth of frames not labelled.")
+        bool,
+        typer.Option(
+            "--fit", help="Fit the weights on ground truth; with --sequences, of the others."
+        ),
     ] = False,
     erase: Annotated[
         Path | None, typer.Option(help="JSON list of regions that a person found wrong.")
@@ -355,12 +361,13 @@ def label_coarse(
         rest = [name for name in records.sequences if name not in wanted.sequences]
         with progress("Fitting the weights", 200) as step:
             given = fit_weights(
-                records.of_sequences(rest) if rest else records, sources, 200, on_frame=step
-            )
+                records.of_sequences(rest) if rest else records, sources, 200,
+                allow_missing=allow_missing, on_frame=step,
+            )  # fmt: skip
     with progress("Coarse labels", len(wanted)) as step:
         manifest = make_labels(
-            wanted, out, sources, given, erase_list=erase, auto_erase=auto_erase, agree=agree,
-            allow_missing=allow_missing, on_frame=step,
+            wanted, out, sources, given, unlabelled=unlabelled, erase_list=erase,
+            auto_erase=auto_erase, agree=agree, allow_missing=allow_missing, on_frame=step,
         )  # fmt: skip
     parts = [f"{w:.2f} {s}" for w, s in zip(manifest["weights"], sources, strict=True)]
     print(
@@ -371,11 +378,12 @@ def label_coarse(
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr; gives a function to call after each of `total` steps."""
+    """A bar on stderr, where that is a terminal; gives what to call after each of `total` steps."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)
 
@@ -446,6 +454,8 @@ def predict(
     loaded = pretrained.load_model(model)
     if not hasattr(loaded, "clip_length"):
         raise InputError(f"{model}: a motion prior, not a model of saliency; it goes to --prior")
+    if prior is not None and not loaded.needs_prior:
+        raise InputError(f"--prior {prior}: model {model} takes no motion prior")
     make_prior, with_prior = None, ""
     if loaded.needs_prior:
         from .motion_prior import frame_prior, load_prior, prior_of

@@ -22,8 +22,8 @@ from skimage.filters import threshold_otsu
 
 from .data.records import Record, Records, grey, read_as_stored
 from .errors import InputError
-from .files import whole_folder
-from .motion_prior import FlowMagnitude, frame_prior, neighbour
+from .files import whole_folder, write_png
+from .motion_prior import FlowMagnitude, frame_prior, naming, neighbour
 
 MANIFEST = "manifest.json"
 
@@ -118,7 +118,9 @@ def maps_of(frames: Sequence[Record], index: int, sources: Sequence[str]) -> np.
             maps.append(minimum_barrier(frame))
         elif source == "flow-contrast":
             other = frames[neighbour(index, len(frames))]
-            maps.append(flow_contrast(frame, other.read_image()))
+            following = other.read_image()
+            with naming(record, other):
+                maps.append(flow_contrast(frame, following))
         else:
             path = Path(source) / record.sequence / f"{record.name}.png"
             if not path.is_file():
@@ -132,11 +134,15 @@ class MissingMap(InputError):
     """A folder of maps has none for a frame."""
 
 
+SKIP = "--allow-missing skips such frames"
+
+
 def fit_weights(
     records: Records,
     sources: Sequence[str],
     frames: int = 200,
     *,
+    allow_missing: bool = False,
     on_frame: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Weights with which the maps come closest to the ground truth, in least squares.
@@ -145,6 +151,7 @@ def fit_weights(
 
     Args:
         frames: how many to fit on, spread evenly over those with ground truth.
+        allow_missing: a frame without one of its maps is left out.
     """
     labelled = [
         (sequence, i)
@@ -157,13 +164,23 @@ def fit_weights(
     chosen = np.linspace(0, len(labelled) - 1, min(frames, len(labelled))).round().astype(int)
     columns, targets = [], []
     for sequence, i in (labelled[n] for n in np.unique(chosen)):
+        on_frame()
+        try:
+            maps = maps_of(sequence, i, sources)
+        except MissingMap as error:
+            if not allow_missing:
+                raise InputError(f"{error} ({SKIP})") from None
+            continue
         mask = sequence[i].read_mask()
         assert mask is not None
         small = [cv2.resize(m, (64, 64), interpolation=cv2.INTER_AREA)
-                 for m in (*maps_of(sequence, i, sources), mask.astype(np.float32))]  # fmt: skip
+                 for m in (*maps, mask.astype(np.float32))]  # fmt: skip
         columns.append(np.stack(small[:-1], -1).reshape(-1, len(sources)))
         targets.append(small[-1].ravel())
-        on_frame()
+    if not columns:
+        raise InputError(
+            f"{records.dataset} {records.split}: no frame with ground truth has all of its maps"
+        )
     x, y = np.concatenate(columns).astype(np.float64), np.concatenate(targets).astype(np.float64)
     weights, _ = nnls(x - x.mean(0), y - y.mean())
     if weights.sum() <= 0:
@@ -265,6 +282,7 @@ def make_labels(
     sources: Sequence[str] = BUILT_IN,
     weights: Sequence[float] | None = None,
     *,
+    unlabelled: bool = False,
     erase_list: str | Path | None = None,
     auto_erase: bool = False,
     agree: int | None = None,
@@ -281,6 +299,7 @@ def make_labels(
         out: folder, new or empty; written whole or not at all.
         sources: folders with `<sequence>/<name>.png`, or names of the built-in maps.
         weights: one for each source, none negative; None: all the same.
+        unlabelled: only frames without ground truth.
         erase_list: JSON file, see `read_erase_list`.
         auto_erase: erase regions that fewer than `agree` maps find salient; None: at most half.
         allow_missing: a frame without one of its maps is skipped.
@@ -301,23 +320,32 @@ def make_labels(
             "negative and not all zero"
         )
     share = np.asarray(weights, np.float32) / sum(weights)
+    if agree is not None and not auto_erase:
+        raise InputError("agree is for auto_erase, which is off")
     agree = len(sources) // 2 + 1 if agree is None else agree
     if not 1 <= agree <= len(sources):
         raise InputError(f"agree is {agree}; there are 1 to {len(sources)} maps to agree")
     to_erase = read_erase_list(Path(erase_list)) if erase_list is not None else {}
-    names = {f"{r.sequence}/{r.name}" for r in records}
-    if unknown := sorted(set(to_erase) - names):
-        raise InputError(f"{erase_list}: no frame {unknown[0]} here ({len(unknown)} such entries)")
+    wanted = {f"{r.sequence}/{r.name}" for r in records if not (unlabelled and r.mask is not None)}
+    if unknown := sorted(set(to_erase) - wanted):
+        raise InputError(
+            f"{erase_list}: no frame {unknown[0]} to label here ({len(unknown)} such entries)"
+        )
+    if unlabelled and not wanted:
+        raise InputError(f"{records.dataset} {records.split}: every frame has ground truth")
 
     labelled: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     with _new_folder(out) as part:
         for name, frames, i in _frames(records):
+            if name not in wanted:
+                on_frame()
+                continue
             try:
                 maps = maps_of(frames, i, sources)
             except MissingMap as error:
                 if not allow_missing:
-                    raise InputError(f"{error} (--allow-missing skips such frames)") from None
+                    raise InputError(f"{error} ({SKIP})") from None
                 skipped[name] = f"map missing: {error}"
                 on_frame()
                 continue
@@ -332,13 +360,15 @@ def make_labels(
             erased: list[dict[str, Any]] = []
             for entry in to_erase.get(name, []):
                 place = {k: v for k, v in entry.items() if k != "frame"}
-                erased.append({"by": "person", **place, "pixels": erase(label, entry)})
+                try:
+                    pixels = erase(label, entry)
+                except InputError as error:
+                    raise InputError(f"{erase_list}: {error}") from None
+                erased.append({"by": "person", **place, "pixels": pixels})
             if auto_erase:
                 erased += erase_disputed(label, maps, agree)
             if label.any():
-                file = part / f"{name}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                cv2.imwrite(str(file), 255 * label.astype(np.uint8))
+                write_png(part / f"{name}.png", 255 * label.astype(np.uint8))
                 salient = round(float(label.mean()), 4)
                 labelled[name] = {"threshold": threshold, "salient": salient, "erased": erased}
             else:

@@ -8,6 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextlib.contextmanager
@@ -35,6 +39,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         part.chmod(0o666 & ~umask)
         os.replace(part, path)
+    except OSError as error:  # a full disk: writing does not say where
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -55,3 +63,12 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """A picture, uint8 (H, W), whole or not at all; cv2.imwrite is silent about a full disk."""
+    import cv2
+
+    _, data = cv2.imencode(".png", picture)
+    with whole_file(path) as part:
+        part.write_bytes(data.tobytes())

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -31,8 +32,8 @@ from torch import Tensor, nn
 from .backbones import Backbone
 from .data.records import Record, Records
 from .errors import InputError
-from .files import whole_file
-from .pretrained import PretrainedModel, load_model, read_checkpoint
+from .files import write_png
+from .pretrained import PretrainedModel, load_config, load_model, read_checkpoint
 
 FLOW_MAGNITUDE = "flow-magnitude"
 STATISTICS = 11  # numbers of flow_statistics
@@ -346,14 +347,22 @@ def prior_of(model: str | Path) -> str:
     """What to give to `load_prior` for a saved model: the prior that it was trained with.
 
     Args:
-        model: as for :func:`vsod_models.pretrained.load_model`.  A folder of a training holds a
-            region prior in its folder `prior`; a checkpoint names it.
+        model: as for :func:`vsod_models.pretrained.load_model`, of an MSST.  A checkpoint names its
+            prior; a folder says which kind, and holds a region prior in its folder `prior`.
+
+    Raises:
+        InputError: the region prior is not there.
     """
     path = Path(model)
     if path.is_file():
         return read_checkpoint(path)[0]["data"]["prior"]
-    beside = path / "prior"
-    return str(beside) if beside.is_dir() else FLOW_MAGNITUDE
+    if load_config(path).get("prior", FLOW_MAGNITUDE) == FLOW_MAGNITUDE:
+        return FLOW_MAGNITUDE
+    if not (path / "prior").is_dir():
+        raise InputError(
+            f"{path / 'prior'}: no motion prior here, and {model} was trained with one"
+        )
+    return str(path / "prior")
 
 
 # ---- priors of frames
@@ -420,8 +429,7 @@ def make_priors(
                 on_frame()
             continue
         for record, prior in sequence_priors(frames, source):
-            with whole_file(paths[sequence, record.name]) as part:
-                cv2.imwrite(str(part), prior)
+            write_png(paths[sequence, record.name], prior)
             on_frame()
     done = [replace(r, prior=found[r.sequence, r.name]) for r in records]
     return Records(records.dataset, records.split, done)
@@ -437,13 +445,20 @@ def sequence_priors(
         for t in (i, other):
             if t not in pictures:
                 pictures[t] = frames[t].read_image()
-        try:
+        with naming(record, frames[other]):
             prior = frame_prior(source, pictures[i], pictures[other])
-        except InputError as error:
-            both = f"{record.name} and {frames[other].name}"
-            raise InputError(f"sequence {record.sequence}, frames {both}: {error}") from None
         yield record, np.rint(255 * prior).astype(np.uint8)
         pictures.pop(i - 1, None)
+
+
+@contextlib.contextmanager
+def naming(record: Record, other: Record) -> Iterator[None]:
+    """Puts the two frames before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        both = f"{record.name} and {other.name}"
+        raise InputError(f"sequence {record.sequence}, frames {both}: {error}") from None
 
 
 def stamp(frames: Sequence[Record]) -> str:
@@ -483,7 +498,9 @@ def region_samples(
         record, following = pairs[i]
         mask = record.read_mask()
         assert mask is not None
-        flow = optical_flow(record.read_image(), following.read_image(), model.side)
+        pictures = record.read_image(), following.read_image()
+        with naming(record, following):
+            flow = optical_flow(*pictures, model.side)
         segmentations, features = model.regions(flow)
         size = segmentations[0].shape[::-1]
         mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
@@ -517,9 +534,18 @@ def train_prior(
 
     Returns:
         "loss" and, of a model that always says the mean, "loss of the mean"; "regions", "frames".
+
+    Raises:
+        InputError: no ground truth, or one where nothing or everything is salient.
     """
     samples = list(region_samples(model, records, frames, on_frame=on_step))
     features, target, area = (torch.cat([sample[i].cpu() for sample in samples]) for i in range(3))
+    if not 0 < target.mean() < 1:
+        what = "everything" if target.any() else "nothing"
+        raise InputError(
+            f"{records.dataset} {records.split}: {what} is salient in the {len(samples)} frames to "
+            "learn from"
+        )
     salient = ((target * area).sum() / area.sum()).clamp(0.01, 0.99)
     weight = area * (target / salient + (1 - target) / (1 - salient))
     # a soft target with one weight for each class: the balanced target is what both give together

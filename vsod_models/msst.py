@@ -29,6 +29,7 @@ from .fcn import build_fcn
 from .pretrained import PretrainedModel
 
 CONFIGURATIONS = ("os", "st", "full")
+PRIORS = ("flow-magnitude", "regions")
 # what each configuration has beside those before it
 NEW_PARTS = {"os": ("spatial.", "weight_s."), "st": ("temporal.", "weight_t."),
              "full": ("lstm.", "read_out.")}  # fmt: skip
@@ -49,6 +50,8 @@ class MSST(PretrainedModel):
         full_resolution: run the ConvLSTM over maps at the size of the frames, not of the branches.
         clip_length: frames T that "full" looks at; the others look at the last frame alone.
         image_size: (height, width) of prediction; the paper trains at 321 and 512 in turn.
+        prior: the kind of motion prior that it is trained with, "flow-magnitude" or "regions", for
+            those who load it.
         backend: of the ConvLSTM op, see :func:`vsod_ops.conv_lstm`.
 
     Shape:
@@ -72,6 +75,7 @@ class MSST(PretrainedModel):
         full_resolution: bool = False,
         clip_length: int = 4,
         image_size: Sequence[int] = (512, 512),
+        prior: str = "flow-magnitude",
         backend: str | None = None,
     ):
         super().__init__()
@@ -79,6 +83,8 @@ class MSST(PretrainedModel):
             raise InputError(
                 f"configuration {configuration!r} is not one of {', '.join(CONFIGURATIONS)}"
             )
+        if prior not in PRIORS:
+            raise InputError(f"prior {prior!r} is not one of {', '.join(PRIORS)}")
         self.configuration, self.full_resolution = configuration, full_resolution
         self.keep_rgb = keep_rgb
         self.image_size = (int(image_size[0]), int(image_size[1]))

@@ -262,10 +262,17 @@ class VideoPredictor:
         frame: Frame | None = None
         for following in frames:
             if frame is not None:
-                yield frame, self.prior(frame.picture, following.picture)
+                yield frame, self._prior_of(frame, following)
             before, frame = frame, following
         if frame is not None:
-            yield frame, self.prior(frame.picture, (before or frame).picture)
+            yield frame, self._prior_of(frame, before or frame)
+
+    def _prior_of(self, frame: Frame, other: Frame) -> np.ndarray:
+        assert self.prior is not None
+        try:
+            return self.prior(frame.picture, other.picture)
+        except InputError as error:
+            raise InputError(f"frames {frame.name} and {other.name}: {error}") from None
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -481,7 +488,18 @@ def predict_dataset(
 
     Sequences that are whole already are kept, unless `overwrite`; so a run that was stopped goes
     on.  Returns the number of frames written.
+
+    Raises InputError where that would be a folder of the dataset's own pictures or masks.
     """
+    own = {
+        file.parent.resolve()
+        for record in records
+        for file in (record.image, record.mask)
+        if isinstance(file, Path)
+    }
+    for sequence in records.sequences:
+        if (Path(output) / sequence).resolve() in own:
+            raise InputError(f"{output}: {sequence} in it is a folder of the dataset itself")
     done = written = 0
     for sequence, frames in records.sequences.items():
         folder = Path(output) / sequence

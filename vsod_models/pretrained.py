@@ -87,19 +87,25 @@ def load_model(source: str | Path) -> PretrainedModel:
     return model.eval()
 
 
-def _from_folder(folder: Path) -> PretrainedModel:
+def load_config(folder: Path) -> dict[str, Any]:
+    """What config.json of a saved model says: its arguments, and its class under "model"."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
-        name = config.pop("model")
+        config["model"]
     except FileNotFoundError:
         raise InputError(f"{folder}: no model here (config.json is missing)") from None
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         raise InputError(f"{file}: not the configuration of a vsod model") from None
+    return config
+
+
+def _from_folder(folder: Path) -> PretrainedModel:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    model = build_model(name, config, str(file))
+    config = load_config(folder)
+    model = build_model(config.pop("model"), config, str(folder / "config.json"))
     weights = folder / "model.safetensors"
     try:
         load_state(model, load_file(weights), str(weights))

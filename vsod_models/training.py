@@ -423,7 +423,11 @@ def make_model(config: Config) -> PretrainedModel:
     """The model of a recipe with its initial weights, the same on every device."""
     torch.manual_seed(config.seed)
     arguments = dict(config.model)
-    model = build_model(str(arguments.pop("name", "mssa")), arguments, "recipe")
+    name = str(arguments.pop("name", "mssa"))
+    if name == "msst":
+        flow = config.data.prior == FLOW_MAGNITUDE
+        arguments.setdefault("prior", FLOW_MAGNITUDE if flow else "regions")
+    model = build_model(name, arguments, "recipe")
     if config.backbone_weights is not None:
         model.load_backbone(config.backbone_weights)
     if config.initial is not None:

@@ -70,6 +70,11 @@ class ClipDataset(Dataset[Sample]):
         self.anchor = anchor
         self.seed = seed
         self.label_weights = {"fine": 1.0, "coarse": 1.0} | dict(label_weights or {})
+        for kind, weight in self.label_weights.items():
+            if kind not in ("fine", "coarse") or not 0 <= weight < np.inf:
+                raise InputError(
+                    f"label_weights.{kind} is {weight}; there are fine and coarse, both from 0 on"
+                )
         without = [f"{r.sequence}/{r.name}" for r in records if r.prior is None]
         self.has_prior = not without and len(records) > 0
         if 0 < len(without) < len(records):
