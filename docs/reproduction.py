@@ -31,14 +31,20 @@ TABLES = {
         for model, title in (("baseline", "baseline (r = 1)"), ("mssa", "MSSA (r = 1, 2)"))
         for seed in (0, 1)
     ]),
-    "msst": ("configuration", [
-        (f"{name}{title}", f"{name}{ending}")
-        for name in ("os", "st", "full")
+    "msst": ("configuration, seed", [
+        (f"{name}{title}, {seed}", f"{name}-{seed}{ending}")
         for title, ending in (("", ""), (" + CRF", "-crf"))
+        for name in ("os", "st", "full")
+        for seed in (0, 1)
     ]),
-    "coarse": ("labels", [
-        ("half of the sequences, fine", "half"),
-        ("the same and the other half coarse, weight 0.5", "coarse"),
+    "coarse": ("labels, seed", [
+        (f"{title}, {seed}", f"{name}-{seed}")
+        for name, title in (
+            ("half", "half of the sequences, fine"),
+            ("coarse", "and the other half coarse, of training-free maps"),
+            ("own-coarse", "and the other half coarse, with a trained model's maps"),
+        )
+        for seed in (0, 1)
     ]),
     "small": ("clips", [("held out, 4 clips, + CRF", "msst-small")]),
     "tiny": ("clips", [

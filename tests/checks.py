@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 
 from vsod_ops import conv_lstm, shunted_attention
@@ -319,3 +320,16 @@ def exact_float32():
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file of this process can grow beyond `size` bytes, the one that pytest prints to neither:
+    around the call that is tested, and nothing else."""
+    resource = pytest.importorskip("resource", reason="no limits on files here")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

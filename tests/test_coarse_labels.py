@@ -12,6 +12,7 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
 
 import cv2
+from checks import full_disk
 
 from vsod_models.coarse_labels import (
     BUILT_IN,
@@ -279,15 +280,9 @@ def test_missing_maps(tree):
 
 
 def test_a_full_disk_leaves_no_labels(tree):
-    resource = pytest.importorskip("resource", reason="no limits on files here")
     tmp_path, records = tree
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large: .*00000\.png"):
-            make_labels(records, tmp_path / "out", folders(tmp_path, "good"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(OSError, match=r"File too large: .*00000\.png"), full_disk(16):
+        make_labels(records, tmp_path / "out", folders(tmp_path, "good"))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
 
 import cv2
+from checks import full_disk
 
 from vsod_models import motion_prior
 from vsod_models.data.records import Record, Records
@@ -210,21 +211,11 @@ def test_training_names_what_it_cannot_learn_from(tmp_path):
         train_prior(statistics_prior(), records)
 
 
-@pytest.fixture
-def full_disk():
-    """Files larger than 1 KB cannot be written."""
-    resource = pytest.importorskip("resource", reason="no limits on files here")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_leaves_no_prior(tmp_path, full_disk, monkeypatch):
+def test_a_full_disk_leaves_no_prior(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
     records = [Record("a", t, f"{t:05d}", lambda: noise, None, "train") for t in range(2)]
     monkeypatch.setattr(motion_prior, "frame_prior", lambda *_: noise[..., 0] / np.float32(255))
-    with pytest.raises(OSError, match=r"File too large: .*/00000\.png"):
+    with pytest.raises(OSError, match=r"File too large: .*/00000\.png"), full_disk(1024):
         make_priors(Records("set", "train", records), FlowMagnitude(), tmp_path)
     assert not list(tmp_path.rglob("*.png"))
 
