@@ -447,7 +447,7 @@ def compilations():
 
 
 @compiled_only
-@pytest.mark.parametrize("case", compile_cases(), ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("case", list(compile_cases()), ids=lambda c: "-".join(map(str, c)))
 def test_compiles_without_spills(case, compilations):
     _, capability, dtype, _, head_dim, *_ = case
     _, spilled, shared, products = compilations(case)
