@@ -18,6 +18,7 @@ from vsod_ops import backends
 from vsod_ops.shunted_attention import op
 
 from . import BadInput, measure
+from .arguments import add_common, begin, duration, positive
 from .attention_rivals import (
     BACKWARD,
     BOTH,
@@ -231,8 +232,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and 1x5x14x14 with 8 of 64)",
     )
     add("--full", action="store_true", help="the default shapes, each with 4 and with 8 heads")
-    add("--heads", type=_positive, help="number of heads (default: 512 / dim, or 4 and 8)")
-    add("--dim", type=_positive, help="size of one head (default: 512 / heads)")
+    add("--heads", type=positive, help="number of heads (default: 512 / dim, or 4 and 8)")
+    add("--dim", type=positive, help="size of one head (default: 512 / heads)")
     add(
         "--reductions",
         type=_reductions,
@@ -246,8 +247,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(measure.DTYPES),
         help="may be given more than once (default: float32 and bfloat16)",
     )
-    add("--device", help="default: cuda where there is a GPU, else cpu")
-    add("--threads", type=_positive, help="CPU threads (default: those of torch)")
     add("--sweep", action="store_true", help="lengths from 245 to 62,720 tokens, 4 heads of 128")
     add(
         "--clip",
@@ -256,7 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="q, k and v from the frames of a video or of a folder of images, in place of random "
         "numbers: VGG16 features of stages 4 and 5 through ShuntedAttention's projections",
     )
-    add("--frames", type=_positive, default=5, help="frames taken from --clip (default: 5)")
+    add("--frames", type=positive, default=5, help="frames taken from --clip (default: 5)")
     add(
         "--weights",
         type=Path,
@@ -271,36 +270,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"rivals, separated by commas, out of {', '.join(RIVALS)} (default: all)",
     )
     add("--backend", choices=backends.BACKENDS, help="backend of shunted_attention")
-    add("--seconds", type=_seconds, help="time for one case and direction (default: 1; sweep: 10)")
     add(
         "--limit",
-        type=_seconds,
+        type=duration,
         default=60.0,
         help="leave a rival out where one call takes more than these seconds (default: 60)",
     )
-    add("--seed", type=int, default=0)
-    add(
-        "--out",
-        type=Path,
-        default=measure.ROOT / "benchmarks" / "out",
-        help="folder for JSON, CSV and plots (default: benchmarks/out)",
-    )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return seconds
+    add_common(
+        parser, device=None, seconds=None,
+        seconds_help="time for one case and direction (default: 1; sweep: 10)",
+    )  # fmt: skip
 
 
 def _sizes(text: str, count: int, form: str) -> tuple[int, ...]:
@@ -316,7 +295,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _reductions(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(
-        _sizes(part, 3, "TxHxW") if "x" in part.lower() else (_positive(part),) * 3
+        _sizes(part, 3, "TxHxW") if "x" in part.lower() else (positive(part),) * 3
         for part in text.split(",")
     )
 
@@ -337,10 +316,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=130)
-    measure.one_heap()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = _device(args.device)
+    device = begin(args)
     dtypes = [measure.DTYPES[name] for name in args.dtype or ("float32", "bfloat16")]
     ours_runs_on = {}
     for dtype in dtypes:
@@ -415,20 +391,6 @@ def run(args: argparse.Namespace) -> int:
     for failure in bench.failures:
         console.print(f"shunted_attention FAILED: {failure}", style="red", soft_wrap=True)
     return 1 if bench.failures else 0
-
-
-def _device(text: str | None) -> torch.device:
-    if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise BadInput(f"--device {text!r} is no device; take cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {text!r} is not supported; take cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch finds no GPU here")
-    return device
 
 
 def _cases(

@@ -15,7 +15,6 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vsod_ops import backends, conv_lstm
 from vsod_ops.conv_lstm import op
 
 from . import BadInput, measure
+from .arguments import add_common, begin
 from .measure import AS_CALLED, IN_GRAPH
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
@@ -316,8 +316,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(measure.DTYPES),
         help="may be given more than once (default: float32)",
     )
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
-    add("--threads", type=int, help="CPU threads (default: those of torch)")
     add(
         "--baselines",
         default=",".join(rivals()),
@@ -325,19 +323,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"rivals, separated by commas, out of {', '.join(rivals())} (default: all)",
     )
     add("--backend", choices=backends.BACKENDS, help="backend of conv_lstm")
-    add(
-        "--seconds",
-        type=float,
-        default=2,
-        help="time for one case, direction and kind of memory (default: 2)",
-    )
-    add("--seed", type=int, default=0)
-    add(
-        "--out",
-        type=Path,
-        default=measure.ROOT / "benchmarks" / "out",
-        help="folder for JSON and CSV (default: benchmarks/out)",
-    )
+    add_common(
+        parser, device=None, seconds=2.0,
+        seconds_help="time for one case, direction and kind of memory (default: 2)",
+    )  # fmt: skip
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -351,10 +340,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 130)
-    measure.one_heap()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = begin(args)
     there = rivals()
     names = [name for name in args.baselines.split(",") if name]
     if unknown := [name for name in names if name not in there]:

@@ -6,7 +6,6 @@ On a GPU, where pydensecrf is not installed, dense_crf on the CPU of that machin
 """
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -20,6 +19,7 @@ from vsod_ops import backends, dense_crf
 from vsod_ops.dense_crf import PRESETS, op
 
 from . import BadInput, measure
+from .arguments import add_common, begin
 
 OURS, RIVAL, ON_CPU = "dense_crf", "pydensecrf", "dense_crf on the CPU"
 SIZES = [(321, 321), (512, 512), (854, 480), (1920, 1080)]  # width, height
@@ -207,17 +207,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="real: saliency maps and frames from the folder that VSOD_DATA names",
     )
     add("--preset", choices=list(PRESETS), default="dss")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, help="CPU threads (default: those of torch)")
     add("--backend", choices=backends.BACKENDS, help="backend of dense_crf")
-    add("--seconds", type=float, default=5.0, help="time for one case (default: 5)")
-    add("--seed", type=int, default=0)
-    add(
-        "--out",
-        type=Path,
-        default=measure.ROOT / "benchmarks" / "out",
-        help="folder for JSON, CSV and plots (default: benchmarks/out)",
-    )
+    add_common(parser, seconds=5.0, seconds_help="time for one case (default: 5)")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -236,16 +227,7 @@ def _maker(images: str) -> Callable[[int, int, int, int], Inputs]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads is not None and args.threads < 1:
-        raise BadInput(f"--threads must be at least 1, got {args.threads}")
-    if not 0 < args.seconds < math.inf:
-        raise BadInput(f"--seconds must be a positive number, got {args.seconds}")
-    measure.one_heap()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("torch finds no GPU")
-    device = torch.device(args.device)
+    device = begin(args)
     rival = find_rival(device)
     try:
         chosen = backends.choose("dense_crf", op.SUPPORT, args.backend, device.type, torch.float32)

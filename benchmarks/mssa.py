@@ -15,14 +15,12 @@ reference in the same precision is, and its rounding.
 import argparse
 import copy
 import gc
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from vsod_ops import ShuntedAttention, backends
 from vsod_ops.shunted_attention import op as attention_op
 
 from . import BadInput, measure
+from .arguments import add_common, begin, positive
 
 OP = "attention op"
 CHECK_SIZE = 224  # pixels; both backends must agree there before anything is timed
@@ -92,9 +91,9 @@ def laps(
     finally:
         for handle in handles:
             handle.remove()
-    for (_, begin), (stage, end) in pairwise(marks):
+    for (_, earlier), (stage, later) in pairwise(marks):
         if stage is not None:
-            charged[stage] = charged.get(stage, 0.0) + between(begin, end)
+            charged[stage] = charged.get(stage, 0.0) + between(earlier, later)
 
 
 # ---- arithmetic
@@ -322,22 +321,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[224, 448, 896], metavar="S",
         help="side of the frames in pixels (default: 224 448 896)")  # fmt: skip
-    add("--frames", type=int, default=5, help="T, frames of a clip (default: 5, as the paper)")
+    add("--frames", type=positive, default=5, help="T, frames of a clip (default: 5, as the paper)")
     add("--width", type=float, default=1.0, help="factor on VGG's channels (default: 1)")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--precision", choices=("float32", "bfloat16"), default="float32",
         help="by autocast (default: float32)")  # fmt: skip
-    add("--threads", type=int, help="CPU threads (default: those of torch)")
-    add("--seconds", type=float, default=15.0,
-        help="time for each size and direction; at least one call each (default: 15)")  # fmt: skip
     add("--no-backward", action="store_true", help="inference alone")
-    add("--seed", type=int, default=0)
-    add(
-        "--out",
-        type=Path,
-        default=measure.ROOT / "benchmarks" / "out",
-        help="folder for JSON and CSV (default: benchmarks/out)",
-    )
+    add_common(
+        parser, seconds=15.0,
+        seconds_help="time for each size and direction; at least one call each (default: 15)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -347,20 +339,9 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"{error.name} is missing: pip install -e '.[models]'") from None
     if min(args.sizes) < 16:
         raise BadInput(f"--sizes must be at least 16 pixels, got {min(args.sizes)}")
-    if args.frames < 1:
-        raise BadInput(f"--frames must be at least 1, got {args.frames}")
-    if args.threads is not None and args.threads < 1:
-        raise BadInput(f"--threads must be at least 1, got {args.threads}")
-    if not 0 < args.seconds < math.inf:
-        raise BadInput(f"--seconds must be a positive number, got {args.seconds}")
     if not 0 < args.width <= 1:
         raise BadInput(f"--width must be in (0, 1], got {args.width}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("torch finds no GPU")
-    measure.one_heap()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device, sizes = torch.device(args.device), sorted(set(args.sizes))
+    device, sizes = begin(args), sorted(set(args.sizes))
     directions = ["forward"] if args.no_backward else ["forward", "training"]
     backend = backends.choose(
         "shunted_attention", attention_op.SUPPORT, None, device.type,

@@ -8,10 +8,8 @@ Weights are random: times do not depend on them.
 """
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from vsod_ops import backends, dense_crf
 from vsod_ops.conv_lstm import op as conv_lstm_op
 
 from . import BadInput, measure
+from .arguments import add_common, begin
 from .dense_crf import _size
 
 STAGES = ("flow", "prior", "spatial", "temporal", "ConvLSTM", "fusion", "CRF")
@@ -170,17 +169,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("float32", "bfloat16"), default="float32",
         help="of the networks, the ConvLSTM and the fusion (default: float32)")  # fmt: skip
     add("--full-resolution", action="store_true", help="ConvLSTM at the size of the frames")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, help="CPU threads (default: those of torch)")
     add("--backend", choices=backends.BACKENDS, help="backend of conv_lstm")
-    add("--seconds", type=float, default=60.0, help="time for all (default: 60)")
-    add("--seed", type=int, default=0)
-    add(
-        "--out",
-        type=Path,
-        default=measure.ROOT / "benchmarks" / "out",
-        help="folder for JSON and CSV (default: benchmarks/out)",
-    )
+    add_common(parser, seconds=60.0, seconds_help="time for all (default: 60)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -191,21 +181,12 @@ def run(args: argparse.Namespace) -> int:
         from vsod_models.errors import InputError
     except ModuleNotFoundError as error:
         raise BadInput(f"{error.name} is missing: pip install -e '.[models]'") from None
-    if args.threads is not None and args.threads < 1:
-        raise BadInput(f"--threads must be at least 1, got {args.threads}")
     if args.frames < 2:
         raise BadInput(f"--frames must be at least 2, got {args.frames}")
-    if not 0 < args.seconds < math.inf:
-        raise BadInput(f"--seconds must be a positive number, got {args.seconds}")
     if not 0 < args.width <= 1 or (args.width != 1 and not args.backbone.startswith("vgg")):
         raise BadInput(f"--width must be in (0, 1], and is for VGG; got {args.width}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("torch finds no GPU")
-    measure.one_heap()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device, (width, height) = begin(args), args.size
     cv2.setNumThreads(torch.get_num_threads())
-    device, (width, height) = torch.device(args.device), args.size
     try:
         chosen = backends.choose(
             "conv_lstm", conv_lstm_op.SUPPORT, args.backend, device.type,
