@@ -276,6 +276,9 @@ def test_models_that_cannot_be_loaded(tmp_path):
     (tmp_path / "some.ckpt").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"some\.ckpt: not a checkpoint"):
         load_model(tmp_path / "some.ckpt")
+    torch.save({"config": {"lr": 1}, "state_dict": {}}, tmp_path / "some.ckpt")  # another program's
+    with pytest.raises(InputError, match=r"some\.ckpt: not a checkpoint"):
+        load_model(tmp_path / "some.ckpt")
 
 
 @pytest.mark.cuda

@@ -127,6 +127,8 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         config, state = checkpoint["config"], checkpoint["state_dict"]
+        if not {"model", "data"} <= set(config):
+            raise KeyError("model, data")  # another program's checkpoint
     except FileNotFoundError:
         raise InputError(f"{file}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
