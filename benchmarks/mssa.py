@@ -100,7 +100,7 @@ def laps(
 
 
 def build(args: argparse.Namespace, **options: Any) -> Any:
-    from vsod_models.mssa import MSSA
+    from vsod_models.networks.mssa import MSSA
 
     torch.manual_seed(args.seed)
     narrow = None if args.width == 1 else {"width": args.width}
@@ -188,7 +188,7 @@ class Network:
 
     def training(self, backend: str) -> list[Tensor]:
         """Forward and backward of one clip: the gradients of all parameters."""
-        from vsod_models.losses import mssa_loss
+        from vsod_models.networks.losses import mssa_loss
 
         self.use(backend)
         self.model.train()
@@ -334,7 +334,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        import vsod_models.mssa  # noqa: F401
+        import vsod_models.networks.mssa  # noqa: F401
     except ModuleNotFoundError as error:
         raise BadInput(f"{error.name} is missing: pip install -e '.[models]'") from None
     if min(args.sizes) < 16:

@@ -41,7 +41,7 @@ class Pipeline:
 
     def __init__(self, args: argparse.Namespace, frames: Any, device: torch.device):
         from vsod_models.motion_prior import FlowMagnitude, MotionPrior
-        from vsod_models.msst import MSST
+        from vsod_models.networks.msst import MSST
 
         torch.manual_seed(args.seed)
         self.model = MSST(

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import msst
 from benchmarks.__main__ import main
-from vsod_models.msst import MSST
+from vsod_models.networks.msst import MSST
 
 TINY = ["msst", "--size", "48x40", "--width", "0.0625", "--seconds", "0.01", "--threads", "1"]
 

@@ -8,7 +8,7 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 import torchvision
 
 from vsod_models.errors import InputError
-from vsod_models.fcn import NAMES, DilatedMobileNetV2, LargeFOV, build_fcn
+from vsod_models.networks.fcn import NAMES, DilatedMobileNetV2, LargeFOV, build_fcn
 
 
 @pytest.mark.parametrize("name", NAMES)

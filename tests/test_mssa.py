@@ -13,11 +13,11 @@ from checks import assert_same_system, exact_float32, system_results
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from vsod_models.backbones import Backbone, find_maps
 from vsod_models.errors import InputError
-from vsod_models.losses import mssa_loss, soft_iou, weighted_bce
-from vsod_models.mssa import MSSA
-from vsod_models.pretrained import load_model
+from vsod_models.networks.backbones import Backbone, find_maps
+from vsod_models.networks.losses import mssa_loss, soft_iou, weighted_bce
+from vsod_models.networks.mssa import MSSA
+from vsod_models.zoo import load_model
 
 SMALL = dict(
     backbone="vgg11_bn",

@@ -13,8 +13,8 @@ pytest.importorskip("huggingface_hub", reason="the extra `models` is not install
 from checks import assert_same_system, exact_float32, system_results
 
 from vsod_models.errors import InputError
-from vsod_models.losses import balanced_bce, msst_loss
-from vsod_models.msst import CONFIGURATIONS, MSST
+from vsod_models.networks.losses import balanced_bce, msst_loss
+from vsod_models.networks.msst import CONFIGURATIONS, MSST
 
 
 def small(configuration="full", **options):

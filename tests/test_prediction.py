@@ -24,7 +24,7 @@ Image = pytest.importorskip("PIL.Image")
 from checks import exact_float32  # noqa: E402
 from clips import decode, make_video, picture, sound_packets  # noqa: E402
 
-from vsod_models import cli, pretrained  # noqa: E402
+from vsod_models import cli, zoo  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
     VIEWS,
@@ -150,7 +150,7 @@ def test_no_frames():
 
 
 def small_mssa():
-    from vsod_models.mssa import MSSA
+    from vsod_models.networks.mssa import MSSA
 
     torch.manual_seed(0)
     return MSSA(
@@ -269,7 +269,7 @@ def vsod(monkeypatch, capsys):
     """Runs the command with a stub for every model: (exit code, stdout, stderr)."""
 
     def run(*arguments, model=None):
-        monkeypatch.setattr(pretrained, "load_model", lambda name: model or Windowed())
+        monkeypatch.setattr(zoo, "load_model", lambda name: model or Windowed())
         with pytest.raises(SystemExit) as exit:
             cli.main(["predict", *map(str, arguments)])
         return exit.value.code, *capsys.readouterr()
@@ -418,12 +418,12 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_prediction import Windowed
-        from vsod_models import cli, pretrained
+        from vsod_models import cli, zoo
         class Slow(Windowed):
             def encode(self, frames):
                 time.sleep(0.05)
                 return super().encode(frames)
-        pretrained.load_model = lambda name: Slow()
+        zoo.load_model = lambda name: Slow()
         cli.main(["predict", *sys.argv[1:]])
         """
     )
@@ -507,9 +507,9 @@ def test_the_model_in_the_package():
     """mssa-tiny finds objects on clips that it has not seen, and is small enough to ship."""
     from vsod_models.data.synthetic import synthetic_clip
 
-    folder = pretrained.SHIPPED / "mssa-tiny"
+    folder = zoo.SHIPPED / "mssa-tiny"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
-    predictor = VideoPredictor(pretrained.load_model("mssa-tiny"), "cpu")
+    predictor = VideoPredictor(zoo.load_model("mssa-tiny"), "cpu")
     inside, outside = [], []
     for index in range(6):
         images, masks = synthetic_clip(0, index, 3, (160, 160), split="val")

@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "MSSA": "mssa",
-    "MSST": "msst",
+    "MSSA": "networks.mssa",
+    "MSST": "networks.msst",
     "SaliencyEvaluator": "evaluation",
     "VideoPredictor": "prediction",
-    "load_model": "pretrained",
+    "load_model": "zoo",
     "open_dataset": "data",
 }
 __all__ = list(_HOMES)

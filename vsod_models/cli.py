@@ -435,7 +435,7 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
-    from . import prediction, pretrained, video
+    from . import prediction, video, zoo
 
     if (dataset is None) == (not inputs):
         raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")
@@ -451,9 +451,7 @@ def predict(
         view = prediction.check_view(view, output)
         video.check_output(Path(output), source, overwrite)  # before the model is loaded
     colour = prediction.parse_colour(background)
-    loaded = pretrained.load_model(model)
-    if not hasattr(loaded, "clip_length"):
-        raise InputError(f"{model}: a motion prior, not a model of saliency; it goes to --prior")
+    loaded = zoo.load_model(model)
     if prior is not None and not loaded.needs_prior:
         raise InputError(f"--prior {prior}: model {model} takes no motion prior")
     make_prior, with_prior = None, ""

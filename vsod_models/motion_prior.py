@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from skimage.segmentation import felzenszwalb
 from torch import Tensor, nn
 
-from .backbones import Backbone
 from .data.records import Record, Records
 from .errors import InputError
 from .files import write_png
-from .pretrained import PretrainedModel, load_config, load_model, read_checkpoint
+from .networks.backbones import Backbone
+from .networks.saved import PretrainedModel, load_config, load_folder, read_checkpoint
 
 FLOW_MAGNITUDE = "flow-magnitude"
 STATISTICS = 11  # numbers of flow_statistics
@@ -220,7 +220,8 @@ class MotionPrior(PretrainedModel):
 
     Args:
         backbone: torchvision network whose map of stride 16 of the flow image is pooled over the
-            regions, see :class:`vsod_models.backbones.Backbone`; None: flow statistics alone.
+            regions, see :class:`~vsod_models.networks.backbones.Backbone`; None: flow statistics
+            alone.
         backbone_options: its options, such as ``{"width": 0.25}``.
         scales: of Felzenszwalb's segmentation, one for each level.
         least_pixels: of a region.
@@ -332,14 +333,17 @@ def load_prior(source: str | Path) -> PriorSource:
     """`flow-magnitude`, or a folder that `vsod prior train` wrote."""
     if str(source) == FLOW_MAGNITUDE:
         return FlowMagnitude()
-    if not Path(source).exists():
+    if not Path(source).is_dir():
         raise InputError(
             f"motion prior {str(source)!r} is neither {FLOW_MAGNITUDE} nor a folder written by "
             "`vsod prior train`"
         )
-    model = load_model(source)
-    if not isinstance(model, MotionPrior):
-        raise InputError(f"{source}: a {type(model).__name__}, not a motion prior")
+    folder = Path(source)
+    kind = load_config(folder)["model"]
+    if kind != "motionprior":
+        raise InputError(f"{source}: a model of kind {kind}, not a motion prior")
+    model = load_folder(folder, MotionPrior).eval()
+    assert isinstance(model, MotionPrior)
     return model
 
 
@@ -347,7 +351,7 @@ def prior_of(model: str | Path) -> str:
     """What to give to `load_prior` for a saved model: the prior that it was trained with.
 
     Args:
-        model: as for :func:`vsod_models.pretrained.load_model`, of an MSST.  A checkpoint names its
+        model: as for :func:`vsod_models.zoo.load_model`, of an MSST.  A checkpoint names its
             prior; a folder says which kind, and holds a region prior in its folder `prior`.
 
     Raises:

@@ -37,10 +37,11 @@ from .data.clips import ClipDataset
 from .data.transforms import Augmentation
 from .errors import InputError
 from .files import whole_file
-from .losses import mssa_loss, msst_loss
 from .motion_prior import FLOW_MAGNITUDE, MotionPrior, frame_prior, load_prior, make_priors
-from .msst import MSST
-from .pretrained import PretrainedModel, build_model, load_model, load_state
+from .networks.losses import mssa_loss, msst_loss
+from .networks.msst import MSST
+from .networks.saved import PretrainedModel, load_state
+from .zoo import load_model, new_model
 
 
 @dataclass
@@ -427,7 +428,7 @@ def make_model(config: Config) -> PretrainedModel:
     if name == "msst":
         flow = config.data.prior == FLOW_MAGNITUDE
         arguments.setdefault("prior", FLOW_MAGNITUDE if flow else "regions")
-    model = build_model(name, arguments, "recipe")
+    model = new_model(name, arguments, "recipe")
     if config.backbone_weights is not None:
         model.load_backbone(config.backbone_weights)
     if config.initial is not None:

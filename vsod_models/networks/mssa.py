@@ -25,16 +25,16 @@ from torch import Tensor, nn
 
 from vsod_ops import ShuntedAttention
 
+from ..errors import InputError
 from .backbones import Backbone
-from .errors import InputError
-from .pretrained import PretrainedModel
+from .saved import PretrainedModel
 
 
 class MSSA(PretrainedModel):
     """The network; every argument is a part of its configuration and is saved with it.
 
     Args:
-        backbone: a torchvision network, see :class:`vsod_models.backbones.Backbone`.
+        backbone: a torchvision network, see :class:`vsod_models.networks.backbones.Backbone`.
         backbone_options: its options, such as ``{"width": 0.25}``.
         levels: strides of the two (or any number of) deepest maps, which go through the
             transformer; ascending.  VGG16: 8 and 16 are stage 4 and stage 5 before their pools.

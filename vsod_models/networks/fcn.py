@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .backbones import build_network, find_weights, load_fitting
-from .errors import InputError
 
 VGG_NAMES = ("vgg16", "vgg16_bn")
 NAMES = (*VGG_NAMES, "mobilenet_v2")

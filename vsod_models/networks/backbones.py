@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import vgg
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from .errors import InputError
+from ..errors import InputError
 
 # torchvision's ImageNet statistics, RGB in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from vsod_ops import ConvLSTM
 
+from ..errors import InputError
 from .backbones import MEAN, STD
-from .errors import InputError
 from .fcn import build_fcn
-from .pretrained import PretrainedModel
+from .saved import PretrainedModel
 
 CONFIGURATIONS = ("os", "st", "full")
 PRIORS = ("flow-magnitude", "regions")
@@ -41,7 +41,7 @@ class MSST(PretrainedModel):
     Args:
         configuration: "full", "st" (no ConvLSTM) or "os" (no motion prior either).
         backbone: of both streams: "vgg16", "vgg16_bn" or "mobilenet_v2", see
-            :mod:`vsod_models.fcn`.
+            :mod:`vsod_models.networks.fcn`.
         output_stride: of its maps, 8 or 16; None: 8 for VGG16, 16 for MobileNetV2.
         width: factor on the backbone's channels; ImageNet weights need 1.
         keep_rgb: the first temporal convolution takes the RGB filters of the weights, and only the

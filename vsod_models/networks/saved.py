@@ -1,8 +1,10 @@
-"""Models on disk: the shipped ones, folders of `save_pretrained`, checkpoints of a training."""
+"""Models on disk: folders of `save_pretrained` and checkpoints of a training."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +12,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from .errors import InputError
-
-SHIPPED = Path(__file__).parent / "weights"
+from ..errors import InputError
 
 
 class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the library is missing
@@ -47,46 +47,6 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
         (save_directory / "config.json").write_text(text + "\n")
 
 
-def model_class(name: str) -> type[PretrainedModel]:
-    """The class of "mssa", "msst" or "motionprior"."""
-    if name == "mssa":
-        from .mssa import MSSA
-
-        return MSSA
-    if name == "msst":
-        from .msst import MSST
-
-        return MSST
-    if name == "motionprior":
-        from .motion_prior import MotionPrior
-
-        return MotionPrior
-    raise InputError(f"model {name!r} is unknown; there are mssa, msst and motionprior")
-
-
-def load_model(source: str | Path) -> PretrainedModel:
-    """A model in evaluation mode, on the CPU.
-
-    Args:
-        source: the name of a shipped model ("mssa-tiny"), a folder written by `save_pretrained`,
-            or a checkpoint (.ckpt) of `vsod train`.
-
-    Raises:
-        InputError: nothing of these, or a file that is damaged or belongs to another model.
-    """
-    path = Path(source)
-    if not path.exists():
-        shipped = sorted(p.name for p in SHIPPED.glob("*") if p.is_dir())
-        if str(source) not in shipped:
-            raise InputError(
-                f"model {str(source)!r} is neither a folder or checkpoint nor shipped with the "
-                f"package ({', '.join(shipped) or 'none is'})"
-            )
-        path = SHIPPED / str(source)
-    model = _from_folder(path) if path.is_dir() else _from_checkpoint(path)
-    return model.eval()
-
-
 def load_config(folder: Path) -> dict[str, Any]:
     """What config.json of a saved model says: its arguments, and its class under "model"."""
     file = folder / "config.json"
@@ -100,25 +60,19 @@ def load_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _from_folder(folder: Path) -> PretrainedModel:
+def load_folder(folder: Path, cls: type[PretrainedModel]) -> PretrainedModel:
+    """A model of this class from a folder of `save_pretrained`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = load_config(folder)
-    model = build_model(config.pop("model"), config, str(folder / "config.json"))
+    del config["model"]
+    model = build_model(cls, config, str(folder / "config.json"))
     weights = folder / "model.safetensors"
     try:
         load_state(model, load_file(weights), str(weights))
     except (SafetensorError, FileNotFoundError) as error:
         raise InputError(f"{weights}: not readable as weights ({error})") from None
-    return model
-
-
-def _from_checkpoint(file: Path) -> PretrainedModel:
-    config, state = read_checkpoint(file)
-    arguments = dict(config["model"])
-    model = build_model(arguments.pop("name", "mssa"), arguments, str(file))
-    load_state(model, state, str(file))
     return model
 
 
@@ -138,11 +92,10 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     return config, {k.removeprefix("model."): v for k, v in state.items()}
 
 
-def build_model(name: str, arguments: dict[str, Any], source: str) -> PretrainedModel:
+def build_model(
+    cls: type[PretrainedModel], arguments: Mapping[str, Any], source: str
+) -> PretrainedModel:
     """The model with its arguments; an argument that it does not have is named."""
-    import inspect
-
-    cls = model_class(name)
     known = inspect.signature(cls.__init__).parameters
     for key in arguments:
         if key not in known:
