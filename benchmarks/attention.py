@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from vsod_ops import backends
-from vsod_ops.shunted_attention import op
 
 from . import BadInput, measure
 from .arguments import add_common, begin, duration, positive
@@ -322,7 +321,7 @@ def run(args: argparse.Namespace) -> int:
     for dtype in dtypes:
         try:
             ours_runs_on[dtype] = backends.choose(
-                "shunted_attention", op.SUPPORT, args.backend, device.type, dtype
+                "shunted_attention", args.backend, device.type, dtype
             )
         except ValueError as error:
             raise BadInput(str(error)) from None

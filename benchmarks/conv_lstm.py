@@ -346,9 +346,10 @@ def run(args: argparse.Namespace) -> int:
     if unknown := [name for name in names if name not in there]:
         raise BadInput(f"no baseline {unknown[0]!r}; there are {', '.join(there)}")
     cases = cases_of(args, device)
-    for dtype in {case.dtype for case in cases}:
+    for case in cases:
+        _, _, channels, hidden, _, _ = case.shape
         try:
-            backends.choose("conv_lstm", op.SUPPORT, args.backend, device.type, dtype)
+            op.choose(args.backend, device.type, case.dtype, channels, hidden)
         except ValueError as error:
             raise BadInput(str(error)) from None
 

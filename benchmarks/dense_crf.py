@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vsod_ops import backends, dense_crf
-from vsod_ops.dense_crf import PRESETS, op
+from vsod_ops.dense_crf import PRESETS
 
 from . import BadInput, measure
 from .arguments import add_common, begin
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
     device = begin(args)
     rival = find_rival(device)
     try:
-        chosen = backends.choose("dense_crf", op.SUPPORT, args.backend, device.type, torch.float32)
+        chosen = backends.choose("dense_crf", args.backend, device.type, torch.float32)
     except ValueError as error:
         raise BadInput(str(error)) from None
     make = _maker(args.images)

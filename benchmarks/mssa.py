@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from vsod_ops import ShuntedAttention, backends
-from vsod_ops.shunted_attention import op as attention_op
 
 from . import BadInput, measure
 from .arguments import add_common, begin, positive
@@ -343,10 +342,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--width must be in (0, 1], got {args.width}")
     device, sizes = begin(args), sorted(set(args.sizes))
     directions = ["forward"] if args.no_backward else ["forward", "training"]
-    backend = backends.choose(
-        "shunted_attention", attention_op.SUPPORT, None, device.type,
-        measure.DTYPES[args.precision],
-    )  # fmt: skip
+    dtype = measure.DTYPES[args.precision]
+    backend = backends.choose("shunted_attention", None, device.type, dtype)
     if backend == "reference":
         raise BadInput("shunted_attention has no compiled backend here: nothing to compare")
 

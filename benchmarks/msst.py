@@ -188,10 +188,10 @@ def run(args: argparse.Namespace) -> int:
     device, (width, height) = begin(args), args.size
     cv2.setNumThreads(torch.get_num_threads())
     try:
-        chosen = backends.choose(
-            "conv_lstm", conv_lstm_op.SUPPORT, args.backend, device.type,
-            measure.DTYPES[args.precision],
-        )  # fmt: skip
+        # MSST's ConvLSTM goes from 4 maps to 32 channels.
+        chosen = conv_lstm_op.choose(
+            args.backend, device.type, measure.DTYPES[args.precision], 4, 32
+        )
         frames, _ = synthetic_clip(
             args.seed, 0, args.frames + 1, (height, width), split="val", photos=False
         )

@@ -286,18 +286,12 @@ def test_random_cases(sweep_index):
     check(case, dilation=pick((1, 1, 2, 5)), recompute=pick((False, True)), window=pick((0, 1, 2)))
 
 
-def test_many_channels_are_refused_with_the_reason():
-    x = torch.zeros(1, 1, 4, 2, 2, device="meta")
-    few, many = torch.zeros(16, 4, 3, 3), torch.zeros(256, 64, 3, 3)
-    assert op.CUDA_CHANNELS == 32
-    if isinstance(backends.compiled_module("_cuda"), str):
-        pytest.skip("the CUDA module is not built")
-
-    class OnGpu:  # what _choose looks at
-        device, dtype, shape = torch.device("cuda"), torch.float32, x.shape
-
-    assert op._choose(None, OnGpu, few) == "cuda"
-    assert op._choose("cuda", OnGpu, few) == "cuda"
-    assert op._choose(None, OnGpu, many) != "cuda"
-    with pytest.raises(ValueError, match="at most 32; x has 4, the state 64"):
-        op._choose("cuda", OnGpu, many)
+def test_many_channels_are_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(backends, "compiled_module", lambda name: None)  # as if it were built
+    for channels, hidden in ((4, 32), (32, 4)):
+        for name in (None, "cuda"):
+            assert op.choose(name, "cuda", torch.float32, channels, hidden) == "cuda"
+    for channels, hidden, size in ((4, 33, "hidden"), (33, 4, "input")):
+        assert op.choose(None, "cuda", torch.float32, channels, hidden) == "triton"
+        with pytest.raises(ValueError, match=f"takes at most 32 {size} channels, not 33"):
+            op.choose("cuda", "cuda", torch.float32, channels, hidden)

@@ -24,7 +24,6 @@ from torchvision.transforms.v2 import functional as pictures
 import vsod_ops
 from vsod_ops import backends
 from vsod_ops.dense_crf import PRESETS
-from vsod_ops.doctor import OPS
 
 from .data.records import Record, Records
 from .errors import InputError
@@ -205,19 +204,23 @@ class VideoPredictor:
         device = f"cpu ({torch.get_num_threads()} threads)"
         if self.device.type == "cuda":
             device = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        chosen = {}
+        chosen: dict[str, set[str]] = {}
         for module in self.model.modules():
             if isinstance(module, vsod_ops.ShuntedAttention):
-                chosen["shunted_attention"] = module.backend
+                op = "shunted_attention"
             elif isinstance(module, vsod_ops.ConvLSTM):
-                chosen["conv_lstm"] = module.backend
+                op = "conv_lstm"
+            else:
+                continue
+            taken = module.chosen_backends(self.device.type, self.dtype)
+            chosen[op] = chosen.get(op, set()) | taken
         if self.crf is not None:
-            chosen["dense_crf"] = None
+            chosen["dense_crf"] = {
+                backends.choose("dense_crf", None, self.device.type, torch.float32)
+            }
         lines = [f"device {device}", f"model {self.name}", str(self.dtype).removeprefix("torch.")]
-        for op, backend in chosen.items():
-            dtype = torch.float32 if op == "dense_crf" else self.dtype
-            taken = backends.choose(op, OPS[op], backend, self.device.type, dtype)
-            lines.append(f"{op} on backend {taken}")
+        for op, names in chosen.items():
+            lines.append(f"{op} on backend {' and '.join(sorted(names))}")
         return ", ".join(lines)
 
     def stream(

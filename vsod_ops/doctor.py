@@ -1,22 +1,20 @@
-"""``python -m vsod_ops.doctor``: what is installed, what was built, which backend runs where."""
+"""``python -m vsod_ops.doctor``: what is installed, what was built, which backend runs where.
+
+With ``--table``: the table of backends, as it stands in the documentation.
+"""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
+from collections.abc import Sequence
 
 import torch
 
 from . import __version__, backends
-from .conv_lstm import op as conv_lstm_op
-from .dense_crf import op as dense_crf_op
-from .shunted_attention import op as shunted_attention_op
 
-OPS = {
-    "shunted_attention": shunted_attention_op.SUPPORT,
-    "conv_lstm": conv_lstm_op.SUPPORT,
-    "dense_crf": dense_crf_op.SUPPORT,
-}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _version(package: str) -> str:
@@ -66,19 +64,30 @@ def report() -> str:
     ]
     if settings:
         lines.append("  set: " + ", ".join(settings))
-    for name, support in OPS.items():
-        lines.append(f"Backends of {name}")
+    for op, entries in backends.registered().items():
+        lines.append(f"Backends of {op}")
         for device in ("cpu", "cuda"):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                chosen = backends.choose(name, support, None, device, dtype)
-                lines.append(f"  {device} {str(dtype).removeprefix('torch.')}: {chosen}")
-                for other in support:
-                    if other == chosen:
-                        break
-                    reason = backends.why_not(other, support, device, dtype)
-                    lines.append(f"    not {other}: {reason or 'a debugger, only on request'}")
+            for dtype in DTYPES:
+                lines += _backend_lines(entries, device, dtype)
     return "\n".join(lines)
 
 
+def _backend_lines(
+    entries: Sequence[backends.Backend], device: str, dtype: torch.dtype
+) -> list[str]:
+    """What runs on such tensors, and why nothing before it does."""
+    runs, passed_over = [], []
+    for entry in entries:
+        reason = entry.why_not(device, dtype) or entry.why_not_unnamed(device)
+        if reason:
+            passed_over.append(f"    not {entry.name}: {reason}")
+            continue
+        limits = " and ".join(entry.limit_names())
+        runs.append(f"{entry.name} {limits}" if limits else entry.name)
+        if not limits:
+            break
+    return [f"  {device} {str(dtype).removeprefix('torch.')}: {', then '.join(runs)}", *passed_over]
+
+
 if __name__ == "__main__":
-    print(report())
+    print(backends.table() if sys.argv[1:] == ["--table"] else report())

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import check_name
 from . import op
 
 State = tuple[Tensor, Tensor]
@@ -94,8 +94,7 @@ def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, 
         raise TypeError(f"dilation must be an int, got {type(dilation).__name__}")
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    check_name(backend)
 
     h, c = (None, None) if state is None else state
     tensors = [x, h, weight_ih, weight_hh, bias, weight_peephole]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import op
 from .function import State, conv_lstm
 
 PEEPHOLES = (None, "channel", "full")
@@ -117,6 +118,14 @@ class ConvLSTM(nn.Module):
                     bias[self.hidden_channels : 2 * self.hidden_channels] = 1
             if peephole is not None:
                 nn.init.zeros_(peephole)
+
+    def chosen_backends(self, device_type: str, dtype: torch.dtype) -> set[str]:
+        """The backends that run this network's layers on tensors of such a device and dtype."""
+        above = [self.hidden_channels * self.directions] * (self.num_layers > 1)
+        return {
+            op.choose(self.backend, device_type, dtype, channels, self.hidden_channels)
+            for channels in (self.input_channels, *above)
+        }
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         form = "(B, T, C, H, W)" if self.batch_first else "(T, B, C, H, W)"

@@ -28,17 +28,30 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import FLOATS, FLOATS_AND_DOUBLE, Backend
 from . import reference
 
-_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
-
-SUPPORT: backends.Support = {
-    "cpu": _FLOATS | {torch.float64},
-    "cuda": _FLOATS,
-    "triton": _FLOATS,
-    "reference": _FLOATS | {torch.float64},
-}
 CUDA_CHANNELS = 32  # most input and hidden channels of the "cuda" backend
+
+backends.register(
+    "conv_lstm",
+    Backend("cpu", FLOATS_AND_DOUBLE, "C++: AVX-512, AVX2 or portable"),
+    Backend(
+        *("cuda", FLOATS, "CUDA C++"),
+        limits={"input channels": CUDA_CHANNELS, "hidden channels": CUDA_CHANNELS},
+    ),
+    Backend("triton", FLOATS, "Triton"),
+    Backend("reference", FLOATS_AND_DOUBLE, "plain PyTorch"),
+)
+
+
+def choose(
+    backend: str | None, device_type: str, dtype: torch.dtype, channels: int, hidden: int
+) -> str:
+    """The backend that runs a ConvLSTM from `channels` to `hidden` channels."""
+    sizes = {"input channels": channels, "hidden channels": hidden}
+    return backends.choose("conv_lstm", backend, device_type, dtype, sizes)
+
 
 SAVE_NOTHING, SAVE_CELLS, SAVE_GATES = 0, 1, 2  # what forward keeps for the backward
 
@@ -88,26 +101,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def _choose(backend, x, weight_hh):
-    most = max(x.shape[2], weight_hh.shape[1])
-    support = SUPPORT
-    if most > CUDA_CHANNELS and backend != "cuda":
-        support = {name: dtypes for name, dtypes in SUPPORT.items() if name != "cuda"}
-    chosen = backends.choose("conv_lstm", support, backend, x.device.type, x.dtype)
-    if chosen == "cuda" and most > CUDA_CHANNELS:
-        raise ValueError(
-            f"conv_lstm: backend 'cuda' is for few channels, at most {CUDA_CHANNELS}; x has "
-            f"{x.shape[2]}, the state {weight_hh.shape[1]}. None takes a backend for many"
-        )
-    return chosen
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
-    chosen = _choose(backend, x, weight_hh)
+    chosen = choose(backend, x.device.type, x.dtype, x.shape[2], weight_hh.shape[1])
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
         return _fake_forward(*inputs, dilation, save, backend)
@@ -126,7 +125,7 @@ def _backward(
     grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
     out, c_last, cells, gates, dilation, needs, backend,
 ):  # fmt: skip
-    chosen = _choose(backend, x, weight_hh)
+    chosen = choose(backend, x.device.type, x.dtype, x.shape[2], weight_hh.shape[1])
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     kept = _contiguous(out, c_last, cells, gates)
     grads = (grad_out, *_contiguous(grad_c))

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import check_name
 from . import op
 
 PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
@@ -98,8 +98,7 @@ def dense_crf(
     numbers |= {name: value for name, value in given.items() if value is not None}
     _check(prob, image)
     _check_numbers(numbers)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    check_name(backend)
     widths = [float(numbers[name]) for name in list(given)[1:]]
     return op.dense_crf(prob, image, numbers["iterations"], *widths, backend)
 

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import FLOATS_AND_DOUBLE, Backend
 from . import reference
 
 # Everything is computed in float32; the reference computes float64 prob in float64.
-_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
-
-SUPPORT: backends.Support = {"cpu": _FLOATS, "cuda": _FLOATS, "reference": _FLOATS}
+backends.register(
+    "dense_crf",
+    Backend("cpu", FLOATS_AND_DOUBLE, "C++: AVX-512, AVX2 or portable", backward=False),
+    Backend("cuda", FLOATS_AND_DOUBLE, "CUDA C++", backward=False),
+    Backend(
+        *("reference", FLOATS_AND_DOUBLE, "plain PyTorch, all pairs of pixels"),
+        backward=False,
+        unnamed_limits={"pixels": reference.MAX_PIXELS},
+    ),
+)
 
 _NUMBERS = (
     "int iterations, float gaussian_sxy, float gaussian_weight, "
@@ -39,20 +47,14 @@ dense_crf = torch.ops.vsod_ops.dense_crf.default
 
 def _forward(prob: Tensor, image: Tensor, iterations: int, *arguments) -> Tensor:
     *numbers, backend = arguments
-    chosen = backends.choose("dense_crf", SUPPORT, backend, prob.device.type, prob.dtype)
+    pixels = prob.shape[-2] * prob.shape[-1] if iterations else 0  # none are looked at without
+    chosen = backends.choose("dense_crf", backend, prob.device.type, prob.dtype, {"pixels": pixels})
     if prob.numel() == 0:
         return _fake(prob, image, iterations, *arguments)
     _check_values(prob, image)
     if iterations == 0:
         return prob.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if chosen == "reference":
-        pixels = prob.shape[-2] * prob.shape[-1]
-        if backend is None and pixels > reference.MAX_PIXELS:
-            reason = backends.why_not(prob.device.type, SUPPORT, prob.device.type, prob.dtype)
-            raise ValueError(
-                f"dense_crf: an image of {pixels} pixels is too large for brute force, and no "
-                f"compiled backend can run: {reason}; backend='reference' runs it all the same"
-            )
         return reference.forward(prob, image, iterations, *numbers).float()
     prob = prob.to(torch.float32).contiguous()
     image = (image if image.dtype == torch.uint8 else image.to(torch.float32)).contiguous()

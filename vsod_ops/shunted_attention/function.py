@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import check_name
 from . import op
 
 MAX_HEAD_DIM = 256
@@ -53,8 +53,7 @@ def shunted_attention(
         scale = q.shape[-1] ** -0.5
     elif math.isnan(scale) or math.isinf(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    check_name(backend)
 
     device_type = q.device.type
     if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import op
 from .function import MAX_HEAD_DIM, shunted_attention
 
 Reduction = int | tuple[int, int, int]
@@ -114,6 +115,10 @@ class ShuntedAttention(nn.Module):
             keys.append(k)
             values.append(v)
         return q, keys, values
+
+    def chosen_backends(self, device_type: str, dtype: torch.dtype) -> set[str]:
+        """The backends that run this layer's op on tensors of such a device and dtype."""
+        return {op.choose(self.backend, device_type, dtype)}
 
     def forward(self, x: Tensor) -> Tensor:
         q, keys, values = self.project(x)

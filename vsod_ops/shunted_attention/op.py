@@ -7,15 +7,15 @@ never baked into a traced graph.  Compiled backends are ops of their own, with t
 import torch
 
 from .. import backends
+from ..backends import FLOATS, FLOATS_AND_DOUBLE, Backend
 from . import reference
 
-_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
-
-SUPPORT: backends.Support = {
-    "cpu": _FLOATS | {torch.float64},
-    "triton": _FLOATS,
-    "reference": _FLOATS | {torch.float64},
-}
+backends.register(
+    "shunted_attention",
+    Backend("cpu", FLOATS_AND_DOUBLE, "C++: AVX-512, AVX2 or portable"),
+    Backend("triton", FLOATS, "Triton"),
+    Backend("reference", FLOATS_AND_DOUBLE, "plain PyTorch, scores in memory"),
+)
 
 _lib = torch.library.Library("vsod_ops", "FRAGMENT")
 _FORWARD = "(Tensor q, Tensor[] keys, Tensor[] values, float scale{}) -> (Tensor out, Tensor lse)"
@@ -35,12 +35,13 @@ shunted_attention = torch.ops.vsod_ops.shunted_attention.default
 _shunted_attention_backward = torch.ops.vsod_ops.shunted_attention_backward.default
 
 
-def _choose(backend, q):
-    return backends.choose("shunted_attention", SUPPORT, backend, q.device.type, q.dtype)
+def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs the op on such tensors."""
+    return backends.choose("shunted_attention", backend, device_type, dtype)
 
 
 def _forward(q, keys, values, scale, backend):
-    chosen = _choose(backend, q)
+    chosen = choose(backend, q.device.type, q.dtype)
     if q.numel() == 0:
         return _fake_forward(q, keys, values, scale, backend)
     if chosen == "cpu":
@@ -53,7 +54,7 @@ def _forward(q, keys, values, scale, backend):
 
 
 def _backward(grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend):
-    chosen = _choose(backend, q)
+    chosen = choose(backend, q.device.type, q.dtype)
     tensors = (grad_out, q, keys, values, out, lse, scale)
     needs = (need_q, need_keys, need_values)
     if q.numel() == 0:
