@@ -14,10 +14,10 @@ pytest.importorskip("huggingface_hub", reason="the extra `models` is not install
 import cv2
 from checks import full_disk
 
-from vsod_models import motion_prior
 from vsod_models.data.records import Record, Records
 from vsod_models.errors import InputError
-from vsod_models.motion_prior import (
+from vsod_models.prior import regions as motion_prior
+from vsod_models.prior.regions import (
     FlowMagnitude,
     MotionPrior,
     flow_statistics,

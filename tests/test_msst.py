@@ -210,7 +210,7 @@ def test_predict_command(tmp_path, capsys):
     import cv2
 
     from vsod_models.cli import main
-    from vsod_models.motion_prior import MotionPrior
+    from vsod_models.prior.regions import MotionPrior
 
     frames, _ = clip(1, 3)
     (tmp_path / "frames").mkdir()

@@ -254,7 +254,7 @@ def prior_train(
     import torch
 
     from .data import open_dataset
-    from .motion_prior import MotionPrior, train_prior
+    from .prior.regions import MotionPrior, train_prior
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder")
@@ -290,7 +290,7 @@ def prior_make(
 ) -> None:
     """Make the motion priors of a dataset ahead of training; sequences that have all are kept."""
     from .data import open_dataset
-    from .motion_prior import default_cache, load_prior, make_priors
+    from .prior.regions import default_cache, load_prior, make_priors
 
     records, source = open_dataset(dataset, root, split), load_prior(prior)
     with progress("Motion priors", len(records)) as step:
@@ -456,7 +456,7 @@ def predict(
         raise InputError(f"--prior {prior}: model {model} takes no motion prior")
     make_prior, with_prior = None, ""
     if loaded.needs_prior:
-        from .motion_prior import frame_prior, load_prior, prior_of
+        from .prior.regions import frame_prior, load_prior, prior_of
 
         name = prior or prior_of(model)
         make_prior, with_prior = functools.partial(frame_prior, load_prior(name)), f", prior {name}"

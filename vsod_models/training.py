@@ -37,10 +37,10 @@ from .data.clips import ClipDataset
 from .data.transforms import Augmentation
 from .errors import InputError
 from .files import whole_file
-from .motion_prior import FLOW_MAGNITUDE, MotionPrior, frame_prior, load_prior, make_priors
 from .networks.losses import mssa_loss, msst_loss
 from .networks.msst import MSST
 from .networks.saved import PretrainedModel, load_state
+from .prior.regions import FLOW_MAGNITUDE, MotionPrior, frame_prior, load_prior, make_priors
 from .zoo import load_model, new_model
 
 

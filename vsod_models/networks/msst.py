@@ -7,7 +7,7 @@
     X^1 .. X^T       -> ConvLSTM, 1x1 read-out of h_T                   -> O^T (1 map)
     W_s * X_s^T + W_t * X_t^T + O^T, with 1x1 convolutions W_s and W_t  -> S, the last frame's mask
 
-The motion prior is made by :mod:`vsod_models.motion_prior`.  Ablations of the paper: "os" is the
+The motion prior is made by :mod:`vsod_models.prior.regions`.  Ablations of the paper: "os" is the
 spatial network alone, "st" both networks without the ConvLSTM, "full" all of it.
 """
 

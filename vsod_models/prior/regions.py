@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from skimage.segmentation import felzenszwalb
 from torch import Tensor, nn
 
-from .data.records import Record, Records
-from .errors import InputError
-from .files import write_png
-from .networks.backbones import Backbone
-from .networks.saved import PretrainedModel, load_config, load_folder, read_checkpoint
+from ..data.records import Record, Records
+from ..errors import InputError
+from ..files import write_png
+from ..networks.backbones import Backbone
+from ..networks.saved import PretrainedModel, load_config, load_folder, read_checkpoint
 
 FLOW_MAGNITUDE = "flow-magnitude"
 STATISTICS = 11  # numbers of flow_statistics
