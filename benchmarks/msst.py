@@ -41,7 +41,8 @@ class Pipeline:
 
     def __init__(self, args: argparse.Namespace, frames: Any, device: torch.device):
         from vsod_models.networks.msst import MSST
-        from vsod_models.prior.regions import FlowMagnitude, MotionPrior
+        from vsod_models.prior.flow import FlowMagnitude
+        from vsod_models.prior.regions import MotionPrior
 
         torch.manual_seed(args.seed)
         self.model = MSST(
@@ -68,7 +69,7 @@ class Pipeline:
 
     def flow(self, count: int | None = None) -> list[Any]:
         """Of the last `count` frames of the window, to their next ones."""
-        from vsod_models.prior.regions import optical_flow
+        from vsod_models.prior.flow import optical_flow
 
         pairs = list(zip(self.pictures, self.pictures[1:], strict=False))
         return [optical_flow(a, b, self.source.side) for a, b in pairs[-(count or len(pairs)) :]]

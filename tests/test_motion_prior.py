@@ -16,20 +16,23 @@ from checks import full_disk
 
 from vsod_models.data.records import Record, Records
 from vsod_models.errors import InputError
-from vsod_models.prior import regions as motion_prior
-from vsod_models.prior.regions import (
+from vsod_models.prior import cache
+from vsod_models.prior.cache import make_priors
+from vsod_models.prior.fit import train_prior
+from vsod_models.prior.flow import (
     FlowMagnitude,
+    frame_prior,
+    neighbour,
+    optical_flow,
+    without_camera,
+)
+from vsod_models.prior.load import load_prior
+from vsod_models.prior.regions import (
+    STATISTICS,
     MotionPrior,
     flow_statistics,
-    frame_prior,
-    load_prior,
-    make_priors,
-    neighbour,
     neighbours,
-    optical_flow,
     pooled,
-    train_prior,
-    without_camera,
 )
 
 
@@ -116,7 +119,7 @@ def test_statistics_of_a_mover_and_of_one_region():
     assert mover[8] == pytest.approx(200 / 2400) and mover[9] == 0
     assert background[9] == pytest.approx(1)
     alone = flow_statistics(np.zeros((40, 60), int), np.zeros((40, 60, 2), np.float32))
-    assert alone.shape == (1, motion_prior.STATISTICS) and np.isfinite(alone).all()
+    assert alone.shape == (1, STATISTICS) and np.isfinite(alone).all()
 
 
 @pytest.mark.parametrize("source", [FlowMagnitude(), statistics_prior()])
@@ -162,7 +165,7 @@ def test_cache(tmp_path, monkeypatch):
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(motion_prior, "optical_flow", fail)
+        patch.setattr("vsod_models.prior.flow.optical_flow", fail)
         again = make_priors(records, FlowMagnitude(), tmp_path / "cache")
         assert [r.prior for r in again] == [r.prior for r in made]
         with pytest.raises(AssertionError):  # other settings are other files
@@ -214,7 +217,7 @@ def test_training_names_what_it_cannot_learn_from(tmp_path):
 def test_a_full_disk_leaves_no_prior(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
     records = [Record("a", t, f"{t:05d}", lambda: noise, None, "train") for t in range(2)]
-    monkeypatch.setattr(motion_prior, "frame_prior", lambda *_: noise[..., 0] / np.float32(255))
+    monkeypatch.setattr(cache, "frame_prior", lambda *_: noise[..., 0] / np.float32(255))
     with pytest.raises(OSError, match=r"File too large: .*/00000\.png"), full_disk(1024):
         make_priors(Records("set", "train", records), FlowMagnitude(), tmp_path)
     assert not list(tmp_path.rglob("*.png"))
@@ -258,8 +261,8 @@ def test_backbone_features_are_pooled_and_stay_frozen(tmp_path):
     labels, features = model.eval().regions(optical_flow(*pictures, 256))
     regions = labels[0].max() + 1
     assert regions > 1
-    assert features.shape == (regions, motion_prior.STATISTICS + 3 * channels)
-    own, near, frame = features[:, motion_prior.STATISTICS :].split(channels, 1)
+    assert features.shape == (regions, STATISTICS + 3 * channels)
+    own, near, frame = features[:, STATISTICS:].split(channels, 1)
     area, touch = np.bincount(labels[0].ravel()), neighbours(labels[0])
     expected = np.average(own.numpy()[touch[0]], axis=0, weights=area[touch[0]])
     np.testing.assert_allclose(near[0], expected, rtol=1e-4)

@@ -210,7 +210,8 @@ def test_the_three_stages_of_msst(tmp_path):
     from vsod_models.cli import app
     from vsod_models.coarse_labels import make_labels
     from vsod_models.data import open_dataset
-    from vsod_models.prior.regions import MotionPrior, load_prior, prior_of
+    from vsod_models.prior.load import load_prior, prior_of
+    from vsod_models.prior.regions import MotionPrior
 
     data = tmp_path / "data"
     options = ["--clips", "3", "--val-clips", "1", "--frames", "4", "--height", "40"]

@@ -254,7 +254,8 @@ def prior_train(
     import torch
 
     from .data import open_dataset
-    from .prior.regions import MotionPrior, train_prior
+    from .prior.fit import train_prior
+    from .prior.regions import MotionPrior
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder")
@@ -290,7 +291,8 @@ def prior_make(
 ) -> None:
     """Make the motion priors of a dataset ahead of training; sequences that have all are kept."""
     from .data import open_dataset
-    from .prior.regions import default_cache, load_prior, make_priors
+    from .prior.cache import default_cache, make_priors
+    from .prior.load import load_prior
 
     records, source = open_dataset(dataset, root, split), load_prior(prior)
     with progress("Motion priors", len(records)) as step:
@@ -456,7 +458,8 @@ def predict(
         raise InputError(f"--prior {prior}: model {model} takes no motion prior")
     make_prior, with_prior = None, ""
     if loaded.needs_prior:
-        from .prior.regions import frame_prior, load_prior, prior_of
+        from .prior.flow import frame_prior
+        from .prior.load import load_prior, prior_of
 
         name = prior or prior_of(model)
         make_prior, with_prior = functools.partial(frame_prior, load_prior(name)), f", prior {name}"

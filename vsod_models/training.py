@@ -40,7 +40,10 @@ from .files import whole_file
 from .networks.losses import mssa_loss, msst_loss
 from .networks.msst import MSST
 from .networks.saved import PretrainedModel, load_state
-from .prior.regions import FLOW_MAGNITUDE, MotionPrior, frame_prior, load_prior, make_priors
+from .prior.cache import make_priors
+from .prior.flow import FLOW_MAGNITUDE, frame_prior
+from .prior.load import load_prior
+from .prior.regions import MotionPrior
 from .zoo import load_model, new_model
 
 
