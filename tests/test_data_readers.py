@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("cv2")
 Image = pytest.importorskip("PIL.Image")
 
-from vsod_models.data import coco, open_dataset  # noqa: E402
+from vsod_models.data import open_dataset  # noqa: E402
+from vsod_models.data.readers import coco  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 
 SIZE = (12, 16)

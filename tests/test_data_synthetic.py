@@ -9,7 +9,7 @@ np = pytest.importorskip("numpy")
 cv2 = pytest.importorskip("cv2")
 pytest.importorskip("skimage")
 
-from vsod_models.data import open_dataset, synthetic  # noqa: E402
+from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.data.synthetic import SyntheticClip, synthetic_clip  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 
@@ -68,7 +68,7 @@ def test_procedural_clips_read_no_picture(monkeypatch):
     def refuse(name):
         raise AssertionError(f"{name} was read")
 
-    monkeypatch.setattr(synthetic, "photo", refuse)
+    monkeypatch.setattr("vsod_models.data.synthetic.clip.photo", refuse)
     for index in range(12):
         synthetic_clip(0, index, 1, (48, 48), photos=False)
     with pytest.raises(AssertionError, match="was read"):

@@ -50,8 +50,8 @@ def data_check(
     jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Count, decode and validate a dataset; every problem with its file.  Exit code 1 if any."""
-    from .data import find_dataset
     from .data.check import check
+    from .data.readers import find_dataset
 
     failed = False
     for part in split or find_dataset(name).splits:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from . import find_dataset
-from .folders import Counts
+from .readers import find_dataset
+from .readers.folders import Counts
 from .records import Record, Records
 
 

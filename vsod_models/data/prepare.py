@@ -19,9 +19,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import whole_folder
-from . import find_dataset
 from .check import compare, whole_image
-from .folders import fail
+from .readers import find_dataset
+from .readers.folders import fail
 from .records import Record, Records
 
 # Splits under the names that the layout has for them.

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
+from ..records import Picture, Record, Records, grey, read_as_stored
 from .folders import (
     Counts,
     OnProblem,
@@ -27,7 +28,6 @@ from .folders import (
     sequence_records,
     unknown_split,
 )  # fmt: skip
-from .records import Picture, Record, Records, grey, read_as_stored
 
 SPLITS = ("test",)
 # Benchmarks leave out penguin: of a whole colony only the front row is annotated.

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
+from ..records import Records, grey
 from .folders import (
     Counts,
     OnProblem,
@@ -22,7 +23,6 @@ from .folders import (
     pictures,
     sequence_records,
 )  # fmt: skip
-from .records import Records, grey
 
 SPLITS = ("train", "val")
 COUNTS = {"train": Counts(30, 2079, 2079), "val": Counts(20, 1376, 1376)}

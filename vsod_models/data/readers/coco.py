@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
+from ..records import Record, Records
 from .folders import OnProblem, fail, gathered, need_folder, unknown_split
-from .records import Record, Records
 
 SPLITS = ("train", "val")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..records import Record, Records, grey
 from .folders import (
     Counts,
     OnProblem,
@@ -28,7 +29,6 @@ from .folders import (
     sequence_records,
     unknown_split,
 )  # fmt: skip
-from .records import Record, Records, grey
 
 SPLITS = ("train", "test")
 PARTS = {"train": ("Trainingset",), "test": ("Testset",), "all": ("Trainingset", "Testset")}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import InputError
+from ...errors import InputError
+from ..records import Record, Records
 from .folders import (
     OnProblem,
     fail,
@@ -20,7 +21,6 @@ from .folders import (
     pictures,
     sequence_records,
 )  # fmt: skip
-from .records import Record, Records
 
 SPLITS = ("test",)
 IMAGES = ("Imgs", "Frame", "Image")

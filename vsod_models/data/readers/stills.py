@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import InputError
+from ...errors import InputError
+from ..records import Record, Records
 from .folders import Counts, OnProblem, fail, gathered, need_folder, pictures, unknown_split
-from .records import Record, Records
 
 SPLITS = ("train",)
 DUTS_SPLITS = ("train", "test")

@@ -24,8 +24,8 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 
-from ..errors import InputError
-from .records import Record, Records, read_rgb
+from ...errors import InputError
+from ..records import Record, Records, read_rgb
 
 SPLITS = ("train", "val", "test")
 FRAMES = 24

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
-from .records import Picture, Record, Records
+from ...errors import InputError
+from ..records import Picture, Record, Records
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
