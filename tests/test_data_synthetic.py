@@ -68,7 +68,7 @@ def test_procedural_clips_read_no_picture(monkeypatch):
     def refuse(name):
         raise AssertionError(f"{name} was read")
 
-    monkeypatch.setattr("vsod_models.data.synthetic.clip.photo", refuse)
+    monkeypatch.setattr("vsod_models.data.synthetic.textures.photo", refuse)
     for index in range(12):
         synthetic_clip(0, index, 1, (48, 48), photos=False)
     with pytest.raises(AssertionError, match="was read"):
