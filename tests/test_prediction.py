@@ -26,6 +26,7 @@ from clips import decode, make_video, picture, sound_packets  # noqa: E402
 
 from vsod_models import cli, zoo  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
+from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
     VIEWS,
     VideoPredictor,
@@ -33,7 +34,6 @@ from vsod_models.prediction import (  # noqa: E402
     parse_size,
     predict_file,
 )
-from vsod_models.video import open_source  # noqa: E402
 
 SIZE = (12, 16)
 

@@ -17,7 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 from clips import decode, make_video, picture, sound_packets, sound_samples, turn  # noqa: E402
 
 from vsod_models.errors import InputError  # noqa: E402
-from vsod_models.video import (  # noqa: E402
+from vsod_models.media.reading import (  # noqa: E402
     ahead,
     natural_order,
     open_source,
@@ -459,7 +459,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, name):
         """
         import resource, sys
         from vsod_models.errors import InputError
-        from vsod_models.video import open_source, open_writer
+        from vsod_models.media.reading import open_source, open_writer
         source = open_source(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
         try:

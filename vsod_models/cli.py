@@ -437,7 +437,8 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
-    from . import prediction, video, zoo
+    from . import prediction, zoo
+    from .media import reading as video
 
     if (dataset is None) == (not inputs):
         raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")

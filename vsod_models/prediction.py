@@ -27,7 +27,7 @@ from vsod_ops.dense_crf import PRESETS
 
 from .data.records import Record, Records
 from .errors import InputError
-from .video import Frame, PathLike, Source, ahead, open_source, open_writer
+from .media.reading import Frame, PathLike, Source, ahead, open_source, open_writer
 
 # ---- what a prediction is shown as
 

@@ -25,9 +25,9 @@ import cv2
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from .data.records import read_rgb
-from .errors import InputError
-from .files import whole_file, whole_folder
+from ..data.records import read_rgb
+from ..errors import InputError
+from ..files import whole_file, whole_folder
 
 PICTURE_ENDINGS = (
     ".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
