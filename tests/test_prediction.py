@@ -27,8 +27,8 @@ from clips import decode, make_video, picture, sound_packets  # noqa: E402
 from vsod_models import cli, zoo  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
+from vsod_models.media.views import VIEWS  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
-    VIEWS,
     VideoPredictor,
     parse_colour,
     parse_size,

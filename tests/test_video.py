@@ -21,9 +21,9 @@ from vsod_models.media.reading import (  # noqa: E402
     ahead,
     natural_order,
     open_source,
-    open_writer,
     upright,
 )
+from vsod_models.media.writing import open_writer  # noqa: E402
 
 
 def copy(source, output, change=lambda picture: picture, **options):
@@ -459,7 +459,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, name):
         """
         import resource, sys
         from vsod_models.errors import InputError
-        from vsod_models.media.reading import open_source, open_writer
+        from vsod_models.media.reading import open_source
+        from vsod_models.media.writing import open_writer
         source = open_source(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
         try:

@@ -438,7 +438,9 @@ def predict(
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
     from . import prediction, zoo
-    from .media import reading as video
+    from .media.reading import open_source
+    from .media.views import check_view
+    from .media.writing import check_output
 
     if (dataset is None) == (not inputs):
         raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")
@@ -448,11 +450,11 @@ def predict(
         records = open_dataset(dataset, data, split)
         if Path(output).suffix:
             raise InputError(f"{output}: the masks of a dataset go into a folder")
-        view = prediction.check_view(view or "mask", output)
+        view = check_view(view or "mask", output)
     else:
-        source = video.open_source(inputs or [], rate)
-        view = prediction.check_view(view, output)
-        video.check_output(Path(output), source, overwrite)  # before the model is loaded
+        source = open_source(inputs or [], rate)
+        view = check_view(view, output)
+        check_output(Path(output), source, overwrite)  # before the model is loaded
     colour = prediction.parse_colour(background)
     loaded = zoo.load_model(model)
     if prior is not None and not loaded.needs_prior:

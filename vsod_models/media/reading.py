@@ -1,4 +1,4 @@
-"""Videos, folders of frames and pictures: read frame by frame, written whole or not at all.
+"""Videos, folders of frames and pictures, read frame by frame.
 
 Whatever the source, a frame is (H, W, 3) uint8 RGB, upright, with its time stamp.  Nothing here
 holds more than a few frames, however long the video is.
@@ -11,9 +11,7 @@ import glob
 import os
 import queue
 import re
-import tempfile
 import threading
-import types
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,19 +19,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import av
-import cv2
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from ..data.records import read_rgb
 from ..errors import InputError
-from ..files import whole_file, whole_folder
 
 PICTURE_ENDINGS = (
     ".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-OUTPUT_ENDINGS = (".mp4", ".mov", ".webm", ".gif", ".png")
-ALPHA_ENDINGS = (".mov", ".webm", ".gif", ".png")
 
 PathLike = str | os.PathLike[str]
 T = TypeVar("T")
@@ -68,9 +62,6 @@ class Source(Protocol):
     pixel_aspect: Fraction  # width of a pixel / its height
 
     def __iter__(self) -> Iterator[Frame]: ...
-
-
-# ---- reading
 
 
 def open_source(
@@ -159,7 +150,7 @@ class VideoFile:
             self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
             self.pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
             self.sound = path if container.streams.audio else None
-            self._start = _start(container)
+            self._start = clock_start(container)
             self._end = _promised_end(container, stream)
             self.frames: int | None = stream.frames or None
             if self.frames is None and self._end is not None:
@@ -228,7 +219,7 @@ def _first_frame(path: Path, container: Any, stream: Any) -> Any:
     raise InputError(f"{path}: has no frames")
 
 
-def _start(container: Any) -> Fraction:
+def clock_start(container: Any) -> Fraction:
     """Where its clock starts, seconds; a transport stream rarely starts at 0."""
     return max(Fraction(0), Fraction(container.start_time or 0, av.time_base))
 
@@ -241,7 +232,7 @@ def _promised_end(container: Any, stream: Any) -> Fraction | None:
     if stream.duration:
         return (stream.duration + (stream.start_time or 0)) * Fraction(stream.time_base)
     if container.duration and len(container.streams) == 1:
-        return Fraction(container.duration, av.time_base) + _start(container)
+        return Fraction(container.duration, av.time_base) + clock_start(container)
     return None
 
 
@@ -313,426 +304,3 @@ def ahead(items: Iterable[T], depth: int = 4) -> Generator[T]:
     finally:
         stopped.set()
         thread.join()
-
-
-# ---- writing
-
-
-class Writer(Protocol):
-    """Takes (H, W), (H, W, 3) or (H, W, 4) uint8 pictures, each with the frame it was made of."""
-
-    notes: list[str]  # what the user should know of the file, one line each
-
-    def write(self, picture: np.ndarray, frame: Frame) -> None: ...
-
-    def close(self, *, stopped: bool = False) -> None:
-        """Ends the file, which is then playable; stopped: the sound ends with the last frame."""
-
-
-@contextlib.contextmanager
-def open_writer(
-    output: str | os.PathLike[str], source: Source, *, overwrite: bool = False
-) -> Iterator[Writer]:
-    """A writer to `output`, by its ending: .mp4, .mov, .webm, .gif, one .png, none for a folder.
-
-    The output appears under its name when the block ends after `close()`; when the block raises,
-    nothing is left and what was there before is untouched.
-
-    Raises InputError when the output is an input, exists (without `overwrite`), cannot hold the
-    frames of `source`, or cannot be written.
-    """
-    output = Path(output)
-    check_output(output, source, overwrite)
-    ending = output.suffix.lower()
-    part: contextlib.AbstractContextManager[Path]
-    if ending in OUTPUT_ENDINGS:
-        part = whole_file(output)
-    elif output.is_dir() and any(output.iterdir()):
-        part = _into_folder(output)
-    else:
-        part = whole_folder(output)
-    with contextlib.ExitStack() as stack:
-        with _writing(output):
-            path = stack.enter_context(part)
-        writer: Writer
-        if ending in (".mp4", ".mov", ".webm"):
-            writer = Video(path, output, source)
-        elif ending == ".gif":
-            writer = Gif(path, output, source)
-        else:
-            writer = Png(path, output)
-        try:
-            yield writer
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to see
-                writer.close(stopped=True)
-            raise
-        with _writing(output):
-            stack.close()
-
-
-def check_output(output: Path, source: Source, overwrite: bool) -> None:
-    """Raises InputError when `output` cannot be written from `source`, before any work is done."""
-    ending = output.suffix.lower()
-    folder = output.is_dir() or not ending
-    if not folder and ending not in OUTPUT_ENDINGS:
-        known = " ".join(OUTPUT_ENDINGS)
-        raise InputError(f"{output}: cannot write {ending}, only {known} or a folder of PNG")
-    if folder and ending in OUTPUT_ENDINGS:
-        raise InputError(f"{output}: is a folder; a file is to be written there")
-    targets = [output]
-    if folder and isinstance(source, Pictures):
-        targets = [output / f"{path.stem}.png" for path in source.files]
-        first: dict[Path, Path] = {}
-        for target, path in zip(targets, source.files, strict=True):
-            if target in first:
-                raise InputError(f"{path}: would be written to {target}, as {first[target]} would")
-            first[target] = path
-    inputs = {(s.st_dev, s.st_ino): p for p in source.files if (s := p.stat())}
-    for target in targets:
-        if target.exists():
-            status = target.stat()
-            if (status.st_dev, status.st_ino) in inputs:
-                raise InputError(f"{target}: is an input, and inputs are never overwritten")
-    there = output.is_dir() and any(output.iterdir()) if folder else os.path.lexists(output)
-    if folder and output.exists() and not output.is_dir():
-        there = True
-    if there and not (overwrite and (not folder or output.is_dir())):
-        raise InputError(f"{output}: exists already; give another name or --overwrite")
-    if ending == ".png" and (source.frames or 1) > 1:
-        raise InputError(
-            f"{output}: holds one picture, {source.name} has {source.frames}; give a folder"
-        )
-    if not folder and ending != ".png" and isinstance(source, Pictures):
-        _check_same_size(source)
-
-
-def _check_same_size(source: Pictures) -> None:
-    from PIL import Image
-
-    first = None
-    for path in source.files:
-        try:
-            with Image.open(path) as picture:
-                size = picture.size
-        except (OSError, SyntaxError, ValueError):
-            continue  # the reader says what is wrong with it
-        first = first or size
-        # A turned photograph swaps its sides: the writer sees to those.
-        if sorted(size) != sorted(first):
-            raise InputError(_other_size(str(path), size, first))
-
-
-def _other_size(name: str, size: Sequence[int], first: Sequence[int]) -> str:
-    return (
-        f"{name}: is {size[0]}x{size[1]} and the frames before {first[0]}x{first[1]}, "
-        "a video has one size; write a folder of PNG instead"
-    )
-
-
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, av.error.FFmpegError) as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"{output}: cannot be written: {reason}") from None
-
-
-@contextlib.contextmanager
-def _into_folder(path: Path) -> Iterator[Path]:
-    """As `whole_folder`, for one with files in it: those of the same name are replaced."""
-    with tempfile.TemporaryDirectory(prefix=".new-", suffix=".part", dir=path) as part:
-        yield Path(part)
-        for file in Path(part).iterdir():
-            os.replace(file, path / file.name)
-
-
-class Png:
-    """One picture, or a folder with one for each frame, of its own size: grey, RGB or RGBA."""
-
-    def __init__(self, path: Path, output: Path):
-        self.path, self.output, self.folder = path, output, path.is_dir()
-        self.notes: list[str] = []
-
-    def write(self, picture: np.ndarray, frame: Frame) -> None:
-        if frame.index and not self.folder:
-            raise InputError(f"{self.output}: holds one picture and there are more; give a folder")
-        with _writing(self.output):
-            path = self.path / f"{frame.name}.png" if self.folder else self.path
-            path.write_bytes(encode_png(picture))
-
-    def close(self, *, stopped: bool = False) -> None:
-        pass
-
-
-def encode_png(picture: np.ndarray) -> bytes:
-    """PNG of (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA uint8."""
-    if picture.ndim == 3:
-        to = cv2.COLOR_RGB2BGR if picture.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
-        picture = cv2.cvtColor(picture, to)
-    return cv2.imencode(".png", picture)[1].tobytes()
-
-
-def _to_av(picture: np.ndarray) -> Any:
-    if picture.ndim == 2:
-        picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB)
-    form = "rgba" if picture.shape[2] == 4 else "rgb24"
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=form)
-
-
-class Video:
-    """MP4 (H.264), MOV (H.264, or ProRes 4444 for RGBA) or WebM (VP9), with the source's sound.
-
-    Times are the source's own (WebM counts in milliseconds).  H.264 gets no B-frames: the length
-    of the last frame of a video of varying rate then survives.
-    """
-
-    def __init__(self, path: Path, output: Path, source: Source):
-        self.output, self.source = output, source
-        self.ending = output.suffix.lower()
-        options = {}
-        if self.ending != ".webm":
-            # The start of a stream is stored in the film's clock, 1/1000 s if nothing is said.
-            scale = min(source.time_base.denominator, 10**6)
-            options = {"movflags": "+faststart", "movie_timescale": str(max(1000, scale))}
-        with _writing(output):
-            self.container: Any = av.open(str(path), "w", container_options=options)
-        self.convert = VideoReformatter()  # as in reading
-        self.stream: Any = None
-        self.sound: Sound | None = None
-        self.size: tuple[int, int] | None = None
-        self.notes: list[str] = []
-
-    def _start(self, picture: np.ndarray, frame: Frame) -> None:
-        height, width = picture.shape[:2]
-        self.size = (width, height)
-        alpha = picture.ndim == 3 and picture.shape[2] == 4
-        if self.ending == ".webm":
-            codec, pixels = "libvpx-vp9", "yuva420p" if alpha else "yuv420p"
-            options = {"crf": "24", "b": "0", "row-mt": "1", "cpu-used": "4"}
-        elif alpha:
-            codec, pixels = "prores_ks", "yuva444p10le"
-            options = {"profile": "4444", "alpha_bits": "16", "vendor": "apl0"}
-        else:
-            # H.264 halves its colour planes, which needs even sides; only 4:4:4 keeps odd ones.
-            odd = width % 2 or height % 2
-            codec, pixels = "libx264", "yuv444p" if odd else "yuv420p"
-            options = {"crf": "18", "bf": "0"}
-            if odd:
-                self.notes.append(
-                    f"{self.output}: {width}x{height} is odd, which H.264 keeps only as 4:4:4; "
-                    "QuickTime and Safari play .webm instead"
-                )
-        stream = self.container.add_stream(codec, rate=self.source.rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        context = stream.codec_context
-        context.time_base = frame.time_base
-        context.flags |= av.codec.context.Flags.frame_duration
-        context.sample_aspect_ratio = self.source.pixel_aspect
-        # What players assume of an untagged file, and said as well.
-        self.colours = Colorspace.ITU709 if height >= 720 else Colorspace.SMPTE170M
-        context.colorspace = self.colours
-        context.color_range = ColorRange.MPEG
-        self.stream = stream
-        if self.source.sound is not None:
-            self.sound = Sound(self.source.sound, self.container, self.ending)
-            if self.sound.left_out:
-                self.notes.append(f"{self.source.name}: sound of unknown coding is left out")
-
-    def write(self, picture: np.ndarray, frame: Frame) -> None:
-        with _writing(self.output):
-            if self.stream is None:
-                self._start(picture, frame)
-            size = (picture.shape[1], picture.shape[0])
-            if size != self.size:
-                raise InputError(_other_size(f"frame {frame.name}", size, self.size or size))
-            made = self.convert.reformat(
-                _to_av(picture),
-                format=self.stream.pix_fmt,
-                dst_colorspace=self.colours,
-                dst_color_range=ColorRange.MPEG,
-                threads=1,
-            )
-            made.pts, made.time_base, made.duration = frame.pts, frame.time_base, frame.duration
-            if self.sound is not None:
-                self.sound.copy(frame.time)
-            self.container.mux(self.stream.encode(made))
-            self.last = frame
-
-    def close(self, *, stopped: bool = False) -> None:
-        with _writing(self.output):
-            try:
-                if self.stream is not None:
-                    if self.sound is not None:
-                        self.sound.copy(self.last.time if stopped else None)
-                        self.sound.close()
-                    self.container.mux(self.stream.encode(None))
-            finally:
-                self.container.close()
-
-
-class Sound:
-    """The sound of one file, laid into another as it grows.
-
-    Packets are copied as they are where the container takes their coding, and else coded again:
-    AAC for MP4 and MOV, Opus for WebM.
-    """
-
-    COPIED = types.MappingProxyType(
-        {
-            ".mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"},
-            ".mov": {"aac", "ac3", "alac", "mp3", "pcm_s16le", "pcm_s16be", "pcm_s24le"},
-            ".webm": {"opus", "vorbis"},
-        }
-    )
-
-    def __init__(self, path: Path, container: Any, ending: str):
-        self.container = container
-        self.input: Any = av.open(str(path))
-        self.start = _start(self.input)
-        self.left_out = 0  # tracks that FFmpeg cannot read
-        self.tracks: dict[int, Any] = {}  # index of the input stream -> what takes its packets
-        for stream in self.input.streams.audio:
-            if stream.codec_context is None:
-                self.left_out += 1
-                continue
-            if stream.codec_context.name in self.COPIED[ending]:
-                self.tracks[stream.index] = _CopiedTrack(stream, container)
-            else:
-                self.tracks[stream.index] = _CodedTrack(stream, container, ending)
-        streams = [self.input.streams[index] for index in self.tracks]
-        self.packets = self.input.demux(streams) if streams else iter(())
-        self.next: Any = next(self.packets, None)
-
-    def copy(self, until: float | None) -> None:
-        """Everything that starts before `until` seconds, or all that is left."""
-        while self.next is not None:
-            packet = self.next
-            if packet.pts is not None:  # the demuxer ends with an empty packet for each stream
-                if until is not None and packet.pts * packet.time_base - self.start >= until:
-                    return
-                shift = round(self.start / packet.time_base)
-                packet.pts -= shift
-                packet.dts = packet.pts
-                self.container.mux(self.tracks[packet.stream.index].take(packet))
-            self.next = next(self.packets, None)
-
-    def close(self) -> None:
-        for track in self.tracks.values():
-            self.container.mux(track.rest())
-        self.input.close()
-
-
-class _CopiedTrack:
-    def __init__(self, stream: Any, container: Any):
-        self.stream = container.add_stream_from_template(stream)
-
-    def take(self, packet: Any) -> list[Any]:
-        packet.stream = self.stream
-        return [packet]
-
-    def rest(self) -> list[Any]:
-        return []
-
-
-class _CodedTrack:
-    def __init__(self, stream: Any, container: Any, ending: str):
-        context = stream.codec_context
-        if ending == ".webm":
-            self.stream = container.add_stream("libopus", rate=48000)
-            form = "flt"
-        else:
-            self.stream = container.add_stream("aac", rate=min(context.sample_rate, 48000))
-            self.stream.bit_rate = 96000 * max(1, context.channels)
-            form = "fltp"
-        self.stream.layout = context.layout.name
-        self.stream.codec_context.open()
-        self.resampler = av.AudioResampler(
-            form, context.layout, self.stream.rate, self.stream.codec_context.frame_size
-        )
-
-    def take(self, packet: Any) -> list[Any]:
-        try:
-            decoded = packet.decode()
-        except av.error.InvalidDataError:
-            return []  # a damaged piece of sound is left out, as players do
-        frames = [made for frame in decoded for made in self.resampler.resample(frame)]
-        return [coded for frame in frames for coded in self.stream.encode(frame)]
-
-    def rest(self) -> list[Any]:
-        frames = self.resampler.resample(None)
-        return [coded for frame in [*frames, None] for coded in self.stream.encode(frame)]
-
-
-class Gif:
-    """GIF with a palette of its own for each frame; RGBA becomes transparent below alpha 128.
-
-    It counts in 1/100 s, and players slow down below 2 of them: frames that come sooner after the
-    one before are left out.
-    """
-
-    def __init__(self, path: Path, output: Path, source: Source):
-        self.output, self.source = output, source
-        with _writing(output):
-            self.container: Any = av.open(str(path), "w")
-        self.notes: list[str] = []
-        self.graph: Any = None
-        self.last = -2
-
-    def _start(self, picture: np.ndarray) -> None:
-        height, width = picture.shape[:2]
-        self.size = (width, height)
-        self.stream = self.container.add_stream("gif", rate=self.source.rate)
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "pal8"
-        self.stream.codec_context.time_base = Fraction(1, 100)
-        graph = av.filter.Graph()
-        form = av.VideoFormat("rgba" if picture.shape[2:] == (4,) else "rgb24")
-        start = graph.add_buffer(
-            width=width, height=height, format=form, time_base=Fraction(1, 100)
-        )
-        split = graph.add("split")
-        palette = graph.add("palettegen", "stats_mode=single")
-        colours = graph.add("paletteuse", "new=1:dither=none")
-        split_ends = graph.add("buffersink")
-        start.link_to(split)
-        split.link_to(colours, 0, 0)
-        split.link_to(palette, 1, 0)
-        palette.link_to(colours, 0, 1)
-        colours.link_to(split_ends)
-        graph.configure()
-        self.graph = graph
-
-    def write(self, picture: np.ndarray, frame: Frame) -> None:
-        with _writing(self.output):
-            if self.graph is None:
-                self._start(picture)
-            size = (picture.shape[1], picture.shape[0])
-            if size != self.size:
-                raise InputError(_other_size(f"frame {frame.name}", size, self.size))
-            hundredths = round(frame.pts * frame.time_base * 100)
-            if hundredths < self.last + 2:
-                return
-            self.last = hundredths
-            made = _to_av(picture)
-            made.pts, made.time_base = hundredths, Fraction(1, 100)
-            self.graph.push(made)
-            self._drain()
-
-    def _drain(self) -> None:
-        while True:
-            try:
-                frame = self.graph.pull()
-            except (av.error.BlockingIOError, av.error.EOFError):
-                return
-            self.container.mux(self.stream.encode(frame))
-
-    def close(self, *, stopped: bool = False) -> None:
-        with _writing(self.output):
-            try:
-                if self.graph is not None:
-                    self.graph.push(None)
-                    self._drain()
-                    self.container.mux(self.stream.encode(None))
-            finally:
-                self.container.close()

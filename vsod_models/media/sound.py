@@ -1,0 +1,104 @@
+"""Sound, laid from one file into another."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import av
+
+from .reading import clock_start
+
+
+class Sound:
+    """The sound of one file, laid into another as it grows.
+
+    Packets are copied as they are where the container takes their coding, and else coded again:
+    AAC for MP4 and MOV, Opus for WebM.
+    """
+
+    COPIED = types.MappingProxyType(
+        {
+            ".mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"},
+            ".mov": {"aac", "ac3", "alac", "mp3", "pcm_s16le", "pcm_s16be", "pcm_s24le"},
+            ".webm": {"opus", "vorbis"},
+        }
+    )
+
+    def __init__(self, path: Path, container: Any, ending: str):
+        self.container = container
+        self.input: Any = av.open(str(path))
+        self.start = clock_start(self.input)
+        self.left_out = 0  # tracks that FFmpeg cannot read
+        self.tracks: dict[int, Any] = {}  # index of the input stream -> what takes its packets
+        for stream in self.input.streams.audio:
+            if stream.codec_context is None:
+                self.left_out += 1
+                continue
+            if stream.codec_context.name in self.COPIED[ending]:
+                self.tracks[stream.index] = _CopiedTrack(stream, container)
+            else:
+                self.tracks[stream.index] = _CodedTrack(stream, container, ending)
+        streams = [self.input.streams[index] for index in self.tracks]
+        self.packets = self.input.demux(streams) if streams else iter(())
+        self.next: Any = next(self.packets, None)
+
+    def copy(self, until: float | None) -> None:
+        """Everything that starts before `until` seconds, or all that is left."""
+        while self.next is not None:
+            packet = self.next
+            if packet.pts is not None:  # the demuxer ends with an empty packet for each stream
+                if until is not None and packet.pts * packet.time_base - self.start >= until:
+                    return
+                shift = round(self.start / packet.time_base)
+                packet.pts -= shift
+                packet.dts = packet.pts
+                self.container.mux(self.tracks[packet.stream.index].take(packet))
+            self.next = next(self.packets, None)
+
+    def close(self) -> None:
+        for track in self.tracks.values():
+            self.container.mux(track.rest())
+        self.input.close()
+
+
+class _CopiedTrack:
+    def __init__(self, stream: Any, container: Any):
+        self.stream = container.add_stream_from_template(stream)
+
+    def take(self, packet: Any) -> list[Any]:
+        packet.stream = self.stream
+        return [packet]
+
+    def rest(self) -> list[Any]:
+        return []
+
+
+class _CodedTrack:
+    def __init__(self, stream: Any, container: Any, ending: str):
+        context = stream.codec_context
+        if ending == ".webm":
+            self.stream = container.add_stream("libopus", rate=48000)
+            form = "flt"
+        else:
+            self.stream = container.add_stream("aac", rate=min(context.sample_rate, 48000))
+            self.stream.bit_rate = 96000 * max(1, context.channels)
+            form = "fltp"
+        self.stream.layout = context.layout.name
+        self.stream.codec_context.open()
+        self.resampler = av.AudioResampler(
+            form, context.layout, self.stream.rate, self.stream.codec_context.frame_size
+        )
+
+    def take(self, packet: Any) -> list[Any]:
+        try:
+            decoded = packet.decode()
+        except av.error.InvalidDataError:
+            return []  # a damaged piece of sound is left out, as players do
+        frames = [made for frame in decoded for made in self.resampler.resample(frame)]
+        return [coded for frame in frames for coded in self.stream.encode(frame)]
+
+    def rest(self) -> list[Any]:
+        frames = self.resampler.resample(None)
+        return [coded for frame in [*frames, None] for coded in self.stream.encode(frame)]

@@ -1,0 +1,80 @@
+"""What a prediction is shown as.
+
+Each view is made of a frame (H, W, 3) uint8, its saliency (H, W) in [0, 1] and a background colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..errors import InputError
+from .reading import PathLike
+
+
+def mask(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W): the saliency itself, 0 to 255."""
+    return np.rint(saliency * 255).astype(np.uint8)
+
+
+def overlay(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W, 3): the frame, tinted by half where it is salient, with the contour at 0.5."""
+    made = _over(frame, TINT, 1 - saliency / 2)
+    contours, _ = cv2.findContours(
+        (saliency >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
+    width = max(1, round(min(frame.shape[:2]) / 240))
+    return cv2.drawContours(made, contours, -1, TINT, width, cv2.LINE_AA)
+
+
+def matte(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W, 4): the frame with the saliency as its (straight) alpha."""
+    return np.dstack([frame, mask(frame, saliency, background)])
+
+
+def cutout(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, W, 3): the frame over a plain colour, mixed by the saliency."""
+    return _over(frame, background, saliency)
+
+
+def _over(frame: np.ndarray, colour: Sequence[int], share: np.ndarray) -> np.ndarray:
+    """The frame with its share (H, W), over a plain colour with the rest."""
+    plain = np.empty_like(frame)
+    plain[:] = colour
+    return cv2.blendLinear(frame, plain, share, 1 - share)
+
+
+def side_by_side(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
+    """(H, 2 W, 3): the frame, and right of it the mask."""
+    return np.hstack([frame, cv2.cvtColor(mask(frame, saliency, background), cv2.COLOR_GRAY2RGB)])
+
+
+TINT = (255, 64, 64)
+VIEWS = {
+    "mask": mask,
+    "overlay": overlay,
+    "matte": matte,
+    "cutout": cutout,
+    "side-by-side": side_by_side,
+}
+
+
+def default_view(output: PathLike) -> str:
+    """overlay for .mp4 and .gif, matte for .webm and .mov, mask for .png and folders."""
+    ending = Path(output).suffix.lower()
+    return {".mp4": "overlay", ".gif": "overlay", ".webm": "matte", ".mov": "matte"}.get(
+        ending, "mask"
+    )
+
+
+def check_view(view: str | None, output: PathLike) -> str:
+    """The view to write; raises InputError for an unknown one and for alpha that cannot be."""
+    view = view or default_view(output)
+    if view not in VIEWS:
+        raise InputError(f"--as must be one of {', '.join(VIEWS)}, got {view}")
+    if view == "matte" and Path(output).suffix.lower() == ".mp4":
+        raise InputError(f"{output}: .mp4 has no alpha; write a .mov or .webm, or take --as cutout")
+    return view
