@@ -14,7 +14,9 @@ pytest.importorskip("huggingface_hub", reason="the extra `models` is not install
 import cv2
 from checks import full_disk
 
-from vsod_models.coarse_labels import (
+from vsod_models.data.records import Record, Records
+from vsod_models.errors import InputError
+from vsod_models.labels.coarse import (
     BUILT_IN,
     binary_label,
     fit_weights,
@@ -25,8 +27,6 @@ from vsod_models.coarse_labels import (
     spectral_residual,
     with_coarse_labels,
 )
-from vsod_models.data.records import Record, Records
-from vsod_models.errors import InputError
 
 SIZE = (60, 80)
 OBJECT = np.zeros(SIZE, bool)

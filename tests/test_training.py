@@ -208,8 +208,8 @@ def test_a_step_of_msst_is_the_papers_loss(tmp_path):
 def test_the_three_stages_of_msst(tmp_path):
     """os -> st -> full, each from the one before, with priors made and coarse labels mixed in."""
     from vsod_models.cli import app
-    from vsod_models.coarse_labels import make_labels
     from vsod_models.data import open_dataset
+    from vsod_models.labels.coarse import make_labels
     from vsod_models.prior.load import load_prior, prior_of
     from vsod_models.prior.regions import MotionPrior
 

@@ -342,8 +342,8 @@ def label_coarse(
     ] = False,
 ) -> None:
     """Make coarse labels from saliency maps."""
-    from .coarse_labels import BUILT_IN, check_sources, fit_weights, make_labels
     from .data import open_dataset
+    from .labels.coarse import BUILT_IN, check_sources, fit_weights, make_labels
 
     sources = maps or list(BUILT_IN)
     check_sources(sources)

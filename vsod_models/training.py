@@ -31,12 +31,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .coarse_labels import with_coarse_labels
 from .data import Records, open_dataset
 from .data.clips import ClipDataset
 from .data.transforms import Augmentation
 from .errors import InputError
 from .files import whole_file
+from .labels.coarse import with_coarse_labels
 from .networks.losses import mssa_loss, msst_loss
 from .networks.msst import MSST
 from .networks.saved import PretrainedModel, load_state

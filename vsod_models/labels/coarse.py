@@ -20,10 +20,10 @@ import numpy as np
 from scipy.optimize import nnls
 from skimage.filters import threshold_otsu
 
-from .data.records import Record, Records, grey, read_as_stored
-from .errors import InputError
-from .files import whole_folder, write_png
-from .prior.flow import FlowMagnitude, frame_prior, naming, neighbour
+from ..data.records import Record, Records, grey, read_as_stored
+from ..errors import InputError
+from ..files import whole_folder, write_png
+from ..prior.flow import FlowMagnitude, frame_prior, naming, neighbour
 
 MANIFEST = "manifest.json"
 
