@@ -16,16 +16,14 @@ from checks import full_disk
 
 from vsod_models.data.records import Record, Records
 from vsod_models.errors import InputError
-from vsod_models.labels.coarse import (
+from vsod_models.labels.coarse import fit_weights, make_labels, with_coarse_labels
+from vsod_models.labels.maps import (
     BUILT_IN,
     binary_label,
-    fit_weights,
     flow_contrast,
-    make_labels,
     maps_of,
     minimum_barrier,
     spectral_residual,
-    with_coarse_labels,
 )
 
 SIZE = (60, 80)

@@ -343,7 +343,8 @@ def label_coarse(
 ) -> None:
     """Make coarse labels from saliency maps."""
     from .data import open_dataset
-    from .labels.coarse import BUILT_IN, check_sources, fit_weights, make_labels
+    from .labels.coarse import fit_weights, make_labels
+    from .labels.maps import BUILT_IN, check_sources
 
     sources = maps or list(BUILT_IN)
     check_sources(sources)

@@ -10,7 +10,7 @@ Maps are folders of any methods' results, or the three built in that need no tra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,123 +18,14 @@ from typing import Any
 import cv2
 import numpy as np
 from scipy.optimize import nnls
-from skimage.filters import threshold_otsu
 
-from ..data.records import Record, Records, grey, read_as_stored
+from ..data.records import Record, Records
 from ..errors import InputError
 from ..files import whole_folder, write_png
-from ..prior.flow import FlowMagnitude, frame_prior, naming, neighbour
+from .erasing import erase, erase_disputed, read_erase_list
+from .maps import BUILT_IN, SKIP, MissingMap, binary_label, check_sources, maps_of
 
 MANIFEST = "manifest.json"
-
-# ---- saliency without training: (H, W, 3) uint8 RGB -> (H, W) float32 in [0, 1]
-
-
-def spectral_residual(image: np.ndarray, side: int = 64) -> np.ndarray:
-    """What is unlike the usual 1/f spectrum of images (Hou and Zhang 2007)."""
-    small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (side, side)).astype(np.float32)
-    spectrum = np.fft.fft2(small)
-    log_amplitude = np.log(np.abs(spectrum) + 1e-6).astype(np.float32)
-    residual = log_amplitude - cv2.blur(log_amplitude, (3, 3), borderType=cv2.BORDER_REFLECT_101)
-    saliency = np.abs(np.fft.ifft2(np.exp(residual + 1j * np.angle(spectrum)))) ** 2
-    return to_frame(cv2.GaussianBlur(saliency.astype(np.float32), (0, 0), 2.5), image)
-
-
-def minimum_barrier(image: np.ndarray, side: int = 150, rounds: int = 3) -> np.ndarray:
-    """How large a barrier of colour lies on the best path to the frame's border.
-
-    Minimum barrier distance (Zhang et al. 2015), summed over the Lab channels.  Sweeps go down, up,
-    right and left, a whole row or column at a time.
-    """
-    factor = min(1.0, side / max(image.shape[:2]))
-    size = tuple(max(3, round(n * factor)) for n in image.shape[1::-1])
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
-    colour: np.ndarray = cv2.GaussianBlur(lab, (0, 0), 1.0)
-    distance = np.full_like(colour, np.inf)
-    distance[[0, -1]] = distance[:, [0, -1]] = 0
-    high, low = colour.copy(), colour.copy()  # along the best path to each pixel
-    arrays = (colour, distance, high, low)
-    for _ in range(rounds):
-        before = distance.copy()
-        for turned in (arrays, tuple(a.swapaxes(0, 1) for a in arrays)):
-            sweep(*turned)
-            sweep(*(a[::-1] for a in turned))
-        if np.array_equal(before, distance):
-            break
-    return to_frame(distance.sum(2), image)
-
-
-def sweep(colour: np.ndarray, distance: np.ndarray, high: np.ndarray, low: np.ndarray) -> None:
-    """Carries paths from each row to the one below it, in place."""
-    for row in range(1, len(colour)):
-        above, below = high[row - 1], low[row - 1]
-        highest, lowest = np.maximum(above, colour[row]), np.minimum(below, colour[row])
-        better = highest - lowest < distance[row]
-        distance[row] = np.where(better, highest - lowest, distance[row])
-        high[row] = np.where(better, highest, high[row])
-        low[row] = np.where(better, lowest, low[row])
-
-
-def to_frame(saliency: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Stretched to [0, 1] and to the size of the image; a constant map becomes zero."""
-    low, high = float(saliency.min()), float(saliency.max())
-    scale = 1 / (high - low) if high - low > 1e-6 * max(1.0, abs(high)) else 0.0
-    size = image.shape[1::-1]
-    return cv2.resize(((saliency - low) * scale).astype(np.float32), size)
-
-
-def flow_contrast(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Speed against the camera's motion."""
-    return frame_prior(FlowMagnitude(), frame, other)
-
-
-BUILT_IN = ("spectral-residual", "minimum-barrier", "flow-contrast")
-
-
-# ---- the maps of a frame
-
-
-def check_sources(sources: Sequence[str]) -> None:
-    for source in sources:
-        if source not in BUILT_IN and not Path(source).is_dir():
-            raise InputError(
-                f"saliency maps {source!r}: neither a folder nor one of {', '.join(BUILT_IN)}"
-            )
-
-
-def maps_of(frames: Sequence[Record], index: int, sources: Sequence[str]) -> np.ndarray:
-    """(K, H, W) float32 in [0, 1], one map for each source, for one frame of a sequence.
-
-    Raises:
-        InputError: a map that is missing (`MissingMap`) or unreadable.
-    """
-    record = frames[index]
-    frame, maps = record.read_image(), []
-    for source in sources:
-        if source == "spectral-residual":
-            maps.append(spectral_residual(frame))
-        elif source == "minimum-barrier":
-            maps.append(minimum_barrier(frame))
-        elif source == "flow-contrast":
-            other = frames[neighbour(index, len(frames))]
-            following = other.read_image()
-            with naming(record, other):
-                maps.append(flow_contrast(frame, following))
-        else:
-            path = Path(source) / record.sequence / f"{record.name}.png"
-            if not path.is_file():
-                raise MissingMap(f"{path}: no saliency map for this frame")
-            picture = grey(read_as_stored(path)).astype(np.float32) / 255
-            maps.append(cv2.resize(picture, frame.shape[1::-1]))
-    return np.stack(maps)
-
-
-class MissingMap(InputError):
-    """A folder of maps has none for a frame."""
-
-
-SKIP = "--allow-missing skips such frames"
 
 
 def fit_weights(
@@ -186,94 +77,6 @@ def fit_weights(
     if weights.sum() <= 0:
         raise InputError(f"none of the maps ({', '.join(sources)}) agrees with the ground truth")
     return [float(w) for w in weights / weights.sum()]
-
-
-# ---- labels
-
-
-def binary_label(combined: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """(H, W) bool and Otsu's threshold; None where the map is the same everywhere."""
-    levels = np.rint(255 * np.clip(combined, 0, 1)).astype(np.uint8)
-    if levels.min() == levels.max():
-        return None
-    threshold = int(threshold_otsu(levels))
-    return levels > threshold, threshold / 255
-
-
-def read_erase_list(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """`[{"frame": "bear/00012", "point": [x, y]}, {"frame": .., "box": [x0, y0, x1, y1]}, ..]`.
-
-    A point erases the region that it lies in, a box (its last row and column left out) all that
-    lies in it.  Pixels of the frame, x to the right, y down.
-
-    Returns:
-        frame -> its entries.
-    """
-    try:
-        entries = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such erase list") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    found: dict[str, list[dict[str, Any]]] = {}
-    for n, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-        keys = set(entry) if isinstance(entry, dict) else set()
-        shape = {"point": 2, "box": 4}.get(next(iter(keys - {"frame"}), ""))
-        place = next((entry[k] for k in keys - {"frame"}), None) if shape else None
-        if (
-            len(keys) != 2 or not isinstance(entry.get("frame"), str) or not isinstance(place, list)
-            or len(place) != shape or not all(type(v) is int and v >= 0 for v in place)
-        ):  # fmt: skip
-            raise InputError(
-                f'{file}: entry {n} has to be {{"frame": "sequence/name", "point": [x, y]}} or '
-                f'{{"frame": .., "box": [x0, y0, x1, y1]}} in whole pixels'
-            )
-        found.setdefault(entry["frame"], []).append(entry)
-    return found
-
-
-def erase(label: np.ndarray, entry: Mapping[str, Any]) -> int:
-    """Erases what an entry of an erase list names, in place; gives the number of pixels.
-
-    Raises:
-        InputError: a place outside the frame, or without any region.
-    """
-    height, width = label.shape
-    if "point" in entry:
-        x, y = entry["point"]
-        if x >= width or y >= height:
-            raise InputError(f"{entry['frame']}: point {[x, y]} is outside {width}x{height}")
-        _, regions = cv2.connectedComponents(label.astype(np.uint8))
-        wrong = (regions == regions[y, x]) & label[y, x]
-    else:
-        x0, y0, x1, y1 = entry["box"]
-        wrong = np.zeros_like(label)
-        wrong[y0:y1, x0:x1] = label[y0:y1, x0:x1]
-    if not wrong.any():
-        place = next(k for k in ("point", "box") if k in entry)
-        raise InputError(f"{entry['frame']}: no region to erase at {place} {entry[place]}")
-    label[wrong] = False
-    return int(wrong.sum())
-
-
-def erase_disputed(label: np.ndarray, maps: np.ndarray, agree: int) -> list[dict[str, Any]]:
-    """Erases, in place, regions that fewer than `agree` maps find salient; says which.
-
-    A map finds a region salient when its mean there is above its own Otsu threshold.
-    """
-    own = [binary_label(m) for m in maps]
-    thresholds = [np.inf if found is None else found[1] for found in own]
-    count, regions, boxes, _ = cv2.connectedComponentsWithStats(label.astype(np.uint8))
-    erased = []
-    for region in range(1, count):
-        inside = regions == region
-        votes = sum(bool(m[inside].mean() > t) for m, t in zip(maps, thresholds, strict=True))
-        if votes < agree:
-            x, y, width, height, pixels = (int(v) for v in boxes[region])
-            label[inside] = False
-            box = [x, y, x + width, y + height]
-            erased.append({"by": "automatic", "box": box, "maps": votes, "pixels": pixels})
-    return erased
 
 
 def make_labels(
