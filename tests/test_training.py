@@ -23,7 +23,14 @@ from typer.testing import CliRunner
 from vsod_models.cli import app, main
 from vsod_models.errors import InputError
 from vsod_models.files import whole_file, whole_folder
-from vsod_models.training import Config, SampleNumbers, make_dataset, make_model, read_config, train
+from vsod_models.training.run import (
+    Config,
+    SampleNumbers,
+    make_dataset,
+    make_model,
+    read_config,
+    train,
+)
 from vsod_models.zoo import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +182,7 @@ def test_a_step_of_msst_is_the_papers_loss(tmp_path):
     """Of the last frame, weighted by its label, with beta; from the earlier stage's weights."""
     from vsod_models.networks.losses import balanced_bce
     from vsod_models.networks.msst import MSST
-    from vsod_models.training import Task, make_model
+    from vsod_models.training.run import Task, make_model
 
     small = {"width": 0.0625, "hidden": 4, "output_stride": 16}
     torch.manual_seed(7)

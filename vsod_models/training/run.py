@@ -31,20 +31,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import Records, open_dataset
-from .data.clips import ClipDataset
-from .data.transforms import Augmentation
-from .errors import InputError
-from .files import whole_file
-from .labels.coarse import with_coarse_labels
-from .networks.losses import mssa_loss, msst_loss
-from .networks.msst import MSST
-from .networks.saved import PretrainedModel, load_state
-from .prior.cache import make_priors
-from .prior.flow import FLOW_MAGNITUDE, frame_prior
-from .prior.load import load_prior
-from .prior.regions import MotionPrior
-from .zoo import load_model, new_model
+from ..data import Records, open_dataset
+from ..data.clips import ClipDataset
+from ..data.transforms import Augmentation
+from ..errors import InputError
+from ..files import whole_file
+from ..labels.coarse import with_coarse_labels
+from ..networks.losses import mssa_loss, msst_loss
+from ..networks.msst import MSST
+from ..networks.saved import PretrainedModel, load_state
+from ..prior.cache import make_priors
+from ..prior.flow import FLOW_MAGNITUDE, frame_prior
+from ..prior.load import load_prior
+from ..prior.regions import MotionPrior
+from ..zoo import load_model, new_model
 
 
 @dataclass
@@ -351,8 +351,8 @@ def validate(
     prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Scores over all sequences, and the middle frame of the first three beside its mask."""
-    from .evaluation import SaliencyEvaluator
-    from .prediction import VideoPredictor
+    from ..evaluation import SaliencyEvaluator
+    from ..prediction import VideoPredictor
 
     training = model.training
     evaluator = SaliencyEvaluator(protocol="davsod")
