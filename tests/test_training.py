@@ -23,14 +23,9 @@ from typer.testing import CliRunner
 from vsod_models.cli import app, main
 from vsod_models.errors import InputError
 from vsod_models.files import whole_file, whole_folder
-from vsod_models.training.run import (
-    Config,
-    SampleNumbers,
-    make_dataset,
-    make_model,
-    read_config,
-    train,
-)
+from vsod_models.training.recipe import Config, read_config
+from vsod_models.training.run import make_model, train
+from vsod_models.training.samples import SampleNumbers, make_dataset
 from vsod_models.zoo import load_model
 
 ROOT = Path(__file__).parent.parent

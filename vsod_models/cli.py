@@ -135,7 +135,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model as a recipe says; the run folder is its key `out`."""
-    from .training.run import read_config, train
+    from .training.recipe import read_config
+    from .training.run import train
 
     folder = train(read_config(config, overrides or []), resume=resume)
     print(f"vsod train: the model is in {folder}")

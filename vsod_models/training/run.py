@@ -1,213 +1,37 @@
-"""Training: recipes, batches by sample number, Lightning, checkpoints that resume to the bit.
-
-Iterations, not epochs, are counted, as the papers do.  Sample number n is a pure function of the
-seed and n, and iteration i takes the samples from i * (samples of an iteration) on.  So a run that
-was killed and resumed sees what it would have seen, and so do two devices that share a batch.
-"""
+"""A training run: loss, optimiser, checkpoints, from the first iteration to the saved model."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from ..data import Records, open_dataset
-from ..data.clips import ClipDataset
-from ..data.transforms import Augmentation
 from ..errors import InputError
 from ..files import whole_file
-from ..labels.coarse import with_coarse_labels
 from ..networks.losses import mssa_loss, msst_loss
 from ..networks.msst import MSST
 from ..networks.saved import PretrainedModel, load_state
-from ..prior.cache import make_priors
-from ..prior.flow import FLOW_MAGNITUDE, frame_prior
+from ..prior.flow import FLOW_MAGNITUDE
 from ..prior.load import load_prior
 from ..prior.regions import MotionPrior
 from ..zoo import load_model, new_model
-
-
-@dataclass
-class Source:
-    """One dataset of the training mix."""
-
-    dataset: str = "???"
-    split: str = "train"
-    share: float = 1.0  # of the samples, relative to the other sources
-    labels: str | None = None  # folder of `vsod label coarse`, laid over the ground truth
-    options: dict[str, Any] = field(default_factory=dict)  # of the reader
-
-
-@dataclass
-class DataConfig:
-    train: list[Source] = field(default_factory=list)
-    validation: Source | None = None
-    roots: dict[str, str] = field(default_factory=dict)  # dataset -> folder
-    # (height, width) of the samples; with several sizes, batches alternate between them
-    sizes: list[list[int]] = field(default_factory=lambda: [[224, 224]])
-    clip_length: int = 5
-    sampling: str = "adjacent"  # or "random": any frames of a sequence, in order
-    max_stride: int = 1  # adjacent frames of a clip are 1 to this far apart
-    augment: bool = True
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    label_weights: dict[str, float] = field(default_factory=dict)  # fine, coarse; default 1
-    prior: str = "flow-magnitude"  # motion prior of MSST: this, or a folder of `vsod prior train`
-    prior_cache: str | None = None  # where priors are kept; default: the user's cache folder
-    cache: bool = False  # keep the resized frames in memory, in each worker
-    workers: int = 2
-
-
-@dataclass
-class LossConfig:
-    positive_weight: str = "paper"  # of MSSA; or "balanced"
-    beta: float = 0.1  # of MSST: weight of the loss of O^T
-
-
-@dataclass
-class OptimizerConfig:
-    learning_rate: float = 1e-5
-    backbone_factor: float = 1.0  # learning rate of the backbone, relative
-    halve_every: int = 20_000  # iterations
-    warm_up: int = 0  # iterations of linear warm-up
-    weight_decay: float = 0.0
-    clip_gradient: float = 1.0  # norm; 0: not clipped
-
-
-@dataclass
-class Config:
-    """Everything that decides a run; `recipes/*.yaml` fill it in."""
-
-    out: str = "???"
-    model: dict[str, Any] = field(default_factory=lambda: {"name": "mssa"})
-    backbone_weights: str | None = None  # torchvision's name or a file
-    # A model to start from, after that: folder, checkpoint or shipped name; MSST takes an earlier
-    # stage, whose weights then replace those of the backbone where it has them.
-    initial: str | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    iterations: int = 100_000
-    batch_size: int = 4  # clips, on each device
-    accumulate: int = 1  # batches an iteration
-    precision: str = "32-true"  # Lightning's names: "bf16-mixed", "16-mixed"
-    accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    seed: int = 0
-    checkpoint_every: int = 500  # iterations
-    validate_every: int = 5_000  # iterations; 0: never
-
-
-def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A recipe with `key=value` (dotted, YAML values) laid over it.
-
-    A recipe may name another one beside it, `base: other.yaml`, which it then changes.
-
-    Raises:
-        InputError: unknown key, wrong type or missing value; names the file or the override.
-    """
-    config = OmegaConf.structured(Config)
-    for source, layer in _recipe_layers(Path(file)):
-        try:
-            config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            raise InputError(f"{source}: {_first_line(error)}") from None
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise InputError(f"{override!r} is not key=value")
-        try:
-            value = OmegaConf.from_dotlist([f"value={text}"]).value
-            OmegaConf.update(config, key, value, merge=True)
-        except Exception as error:  # OmegaConf's kinds and the YAML parser's
-            raise InputError(f"{override}: {_first_line(error)}") from None
-    try:
-        return cast(Config, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
-        raise InputError(f"{file}: {_first_line(error)}") from None
-
-
-def _recipe_layers(file: Path) -> list[tuple[str, Any]]:
-    """A recipe after those that it is based on, each with its name."""
-    try:
-        loaded = OmegaConf.load(file)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such recipe") from None
-    except Exception as error:  # the YAML parser's own kinds
-        raise InputError(f"{file}: not readable as YAML ({_first_line(error)})") from None
-    if not isinstance(loaded, DictConfig):
-        raise InputError(f"{file}: a recipe is a mapping of keys to values")
-    base = loaded.pop("base", None)
-    return (_recipe_layers(file.parent / base) if base else []) + [(str(file), loaded)]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    key = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), ""
-    )
-    return lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
-
-
-class Mix(Dataset):
-    """Samples by number, drawn from several clip datasets in proportion to their shares.
-
-    parts[s][d] gives clips of dataset d at size s; batches alternate between the sizes.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[Sequence[ClipDataset]],
-        shares: Sequence[float],
-        seed: int,
-        numbers_per_size: int,
-    ):
-        self.parts, self.seed, self.numbers_per_size = parts, seed, numbers_per_size
-        self.bounds = np.cumsum(shares) / np.sum(shares)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        draw = np.random.default_rng((self.seed, number)).random()
-        part = min(int(np.searchsorted(self.bounds, draw, side="right")), len(self.bounds) - 1)
-        size = number // self.numbers_per_size % len(self.parts)
-        return self.parts[size][part][number]
-
-
-class SampleNumbers(Sampler[list[int]]):
-    """Batches of sample numbers for one epoch (the iterations between two checkpoints)."""
-
-    def __init__(self, config: Config, rank: int, world: int, iteration: Callable[[], int]):
-        self.config, self.rank, self.world, self.iteration = config, rank, world, iteration
-
-    def __len__(self) -> int:
-        left = self.config.iterations - self.iteration()
-        return min(self.config.checkpoint_every, left) * self.config.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first = self.iteration() * self.config.accumulate
-        size = self.config.batch_size
-        for batch in range(first, first + len(self)):
-            start = (batch * self.world + self.rank) * size
-            yield list(range(start, start + size))
+from .recipe import Config, plain
+from .samples import SampleNumbers, make_dataset
+from .validation import Validation
 
 
 class Task(lightning.LightningModule):
@@ -316,111 +140,6 @@ class Bar(Callback):
 
     def teardown(self, *rest: Any, **named: Any) -> None:
         self.progress.stop()
-
-
-class Validation(Callback):
-    """Scores by the davsod protocol, and masks of a few frames, into TensorBoard."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        source = config.data.validation
-        assert source is not None
-        self.records = open_source(config.data, source)
-        self.prior = functools.partial(frame_prior, load_prior(config.data.prior))
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, task: Any) -> None:
-        every = self.config.validate_every
-        done = trainer.global_step
-        if not (done % every < self.config.checkpoint_every or done >= self.config.iterations):
-            return
-        if trainer.is_global_zero:
-            scores, pictures = validate(task.model, self.records, self.prior)
-            writer = trainer.loggers[0].experiment  # type: ignore[attr-defined]
-            for name, value in scores.items():
-                writer.add_scalar(f"validation/{name}", value, done)
-            for name, picture in pictures.items():
-                writer.add_image(f"validation/{name}", picture, done, dataformats="HWC")
-            text = ", ".join(f"{k} {scores[k]:.4f}" for k in ("MAE", "maxF", "S"))
-            print(f"iteration {done}: validation {text} (davsod protocol)")
-        trainer.strategy.barrier()
-
-
-def validate(
-    model: PretrainedModel,
-    records: Records,
-    prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Scores over all sequences, and the middle frame of the first three beside its mask."""
-    from ..evaluation import SaliencyEvaluator
-    from ..prediction import VideoPredictor
-
-    training = model.training
-    evaluator = SaliencyEvaluator(protocol="davsod")
-    pictures: dict[str, np.ndarray] = {}
-    device = next(model.parameters()).device
-    predictor = VideoPredictor(model, device, prior=prior)
-    try:
-        for name, frames in records.sequences.items():
-            images = [record.read_image() for record in frames]
-            maps = predictor.predict_clip(images)
-            for record, saliency in zip(frames, maps, strict=True):
-                mask = record.read_mask(evaluator.protocol.mask_above)
-                if mask is not None:
-                    evaluator.add(name, record.name, saliency, mask)
-            if len(pictures) < 3:
-                middle = len(frames) // 2
-                grey = (maps[middle] * 255).round().astype(np.uint8)[:, :, None].repeat(3, 2)
-                pictures[name] = np.concatenate([images[middle], grey], 1)
-    finally:
-        model.train(training)
-    return evaluator.result().overall, pictures
-
-
-def open_source(data: DataConfig, source: Source) -> Records:
-    """The records of one source, from the folder that `data.roots` names for its dataset."""
-    root = data.roots.get(source.dataset)
-    if root is None and source.dataset != "synthetic":
-        raise InputError(
-            f"dataset {source.dataset}: say where it lies with data.roots.{source.dataset}=DIR"
-        )
-    records = open_dataset(source.dataset, root, source.split, **source.options)
-    return records if source.labels is None else with_coarse_labels(records, source.labels)
-
-
-def make_dataset(config: Config, model: PretrainedModel) -> Mix:
-    """The training mix, with motion priors where the model needs them (made on first use)."""
-    data = config.data
-    if not data.train:
-        raise InputError("data.train is empty: at least one dataset is needed")
-    strides: Any = "random" if data.sampling == "random" else (1, data.max_stride)
-    if data.sampling not in ("adjacent", "random"):
-        raise InputError(f'data.sampling must be "adjacent" or "random", got {data.sampling!r}')
-    sources = [open_source(data, source) for source in data.train]
-    if model.needs_prior:
-        prior = load_prior(data.prior)
-        with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
-            row = bar.add_task("motion priors", total=sum(len(records) for records in sources))
-            step = functools.partial(bar.advance, row)
-            sources = [make_priors(r, prior, data.prior_cache, on_frame=step) for r in sources]
-    parts = [
-        [
-            ClipDataset(
-                records,
-                data.clip_length,
-                strides=strides,
-                size=(size[0], size[1]),
-                augment=data.augmentation if data.augment else None,
-                seed=config.seed,
-                label_weights=data.label_weights,
-                cache=data.cache,
-                anchor="last" if model.outputs == "last" else "any",
-            )
-            for records in sources
-        ]
-        for size in data.sizes
-    ]
-    numbers = config.batch_size * config.devices * config.nodes  # in one batch over all devices
-    return Mix(parts, [source.share for source in data.train], config.seed, numbers)
 
 
 def make_model(config: Config) -> PretrainedModel:
@@ -553,10 +272,3 @@ def check_same(config: Config, last: Path) -> int:
             "configuration beside it (config.yaml), or choose another out="
         )
     return iteration
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """The configuration as plain dictionaries and lists."""
-    container = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(container, dict)
-    return {str(k): v for k, v in container.items()}

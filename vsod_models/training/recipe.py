@@ -1,0 +1,143 @@
+"""Recipes: everything that decides a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..data.transforms import Augmentation
+from ..errors import InputError
+
+
+@dataclass
+class Source:
+    """One dataset of the training mix."""
+
+    dataset: str = "???"
+    split: str = "train"
+    share: float = 1.0  # of the samples, relative to the other sources
+    labels: str | None = None  # folder of `vsod label coarse`, laid over the ground truth
+    options: dict[str, Any] = field(default_factory=dict)  # of the reader
+
+
+@dataclass
+class DataConfig:
+    train: list[Source] = field(default_factory=list)
+    validation: Source | None = None
+    roots: dict[str, str] = field(default_factory=dict)  # dataset -> folder
+    # (height, width) of the samples; with several sizes, batches alternate between them
+    sizes: list[list[int]] = field(default_factory=lambda: [[224, 224]])
+    clip_length: int = 5
+    sampling: str = "adjacent"  # or "random": any frames of a sequence, in order
+    max_stride: int = 1  # adjacent frames of a clip are 1 to this far apart
+    augment: bool = True
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    label_weights: dict[str, float] = field(default_factory=dict)  # fine, coarse; default 1
+    prior: str = "flow-magnitude"  # motion prior of MSST: this, or a folder of `vsod prior train`
+    prior_cache: str | None = None  # where priors are kept; default: the user's cache folder
+    cache: bool = False  # keep the resized frames in memory, in each worker
+    workers: int = 2
+
+
+@dataclass
+class LossConfig:
+    positive_weight: str = "paper"  # of MSSA; or "balanced"
+    beta: float = 0.1  # of MSST: weight of the loss of O^T
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-5
+    backbone_factor: float = 1.0  # learning rate of the backbone, relative
+    halve_every: int = 20_000  # iterations
+    warm_up: int = 0  # iterations of linear warm-up
+    weight_decay: float = 0.0
+    clip_gradient: float = 1.0  # norm; 0: not clipped
+
+
+@dataclass
+class Config:
+    """Everything that decides a run; `recipes/*.yaml` fill it in."""
+
+    out: str = "???"
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "mssa"})
+    backbone_weights: str | None = None  # torchvision's name or a file
+    # A model to start from, after that: folder, checkpoint or shipped name; MSST takes an earlier
+    # stage, whose weights then replace those of the backbone where it has them.
+    initial: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    iterations: int = 100_000
+    batch_size: int = 4  # clips, on each device
+    accumulate: int = 1  # batches an iteration
+    precision: str = "32-true"  # Lightning's names: "bf16-mixed", "16-mixed"
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    seed: int = 0
+    checkpoint_every: int = 500  # iterations
+    validate_every: int = 5_000  # iterations; 0: never
+
+
+def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A recipe with `key=value` (dotted, YAML values) laid over it.
+
+    A recipe may name another one beside it, `base: other.yaml`, which it then changes.
+
+    Raises:
+        InputError: unknown key, wrong type or missing value; names the file or the override.
+    """
+    config = OmegaConf.structured(Config)
+    for source, layer in _recipe_layers(Path(file)):
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            raise InputError(f"{source}: {_first_line(error)}") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r} is not key=value")
+        try:
+            value = OmegaConf.from_dotlist([f"value={text}"]).value
+            OmegaConf.update(config, key, value, merge=True)
+        except Exception as error:  # OmegaConf's kinds and the YAML parser's
+            raise InputError(f"{override}: {_first_line(error)}") from None
+    try:
+        return cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{file}: {_first_line(error)}") from None
+
+
+def _recipe_layers(file: Path) -> list[tuple[str, Any]]:
+    """A recipe after those that it is based on, each with its name."""
+    try:
+        loaded = OmegaConf.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such recipe") from None
+    except Exception as error:  # the YAML parser's own kinds
+        raise InputError(f"{file}: not readable as YAML ({_first_line(error)})") from None
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{file}: a recipe is a mapping of keys to values")
+    base = loaded.pop("base", None)
+    return (_recipe_layers(file.parent / base) if base else []) + [(str(file), loaded)]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    key = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), ""
+    )
+    return lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as plain dictionaries and lists."""
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
