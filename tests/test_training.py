@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from vsod_models.cli import app, main
 from vsod_models.errors import InputError
 from vsod_models.files import whole_file, whole_folder
-from vsod_models.training.recipe import Config, read_config
+from vsod_models.training.recipe import Config, Shape, read_config
 from vsod_models.training.run import make_model, train
 from vsod_models.training.samples import SampleNumbers, make_dataset
 from vsod_models.zoo import load_model
@@ -250,12 +250,25 @@ def test_the_three_stages_of_msst(tmp_path):
 def test_samples_are_numbers():
     config = Config(out="", iterations=10, checkpoint_every=4, batch_size=3)
     one = list(SampleNumbers(config, 0, 1, lambda: 0))
-    assert one == [list(range(3 * i, 3 * i + 3)) for i in range(4)]
+    assert one == [[(n, 0) for n in range(3 * i, 3 * i + 3)] for i in range(4)]
     config.accumulate, config.batch_size = 2, 2
     ranks = [list(SampleNumbers(config, rank, 2, lambda: 8)) for rank in range(2)]
     assert [len(r) for r in ranks] == [4, 4]  # two iterations are left, of two batches each
     together = [number for pair in zip(*ranks, strict=True) for part in pair for number in part]
-    assert together == list(range(8 * 2 * 2 * 2, 10 * 2 * 2 * 2))
+    assert together == [(n, 0) for n in range(8 * 2 * 2 * 2, 10 * 2 * 2 * 2)]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_of_several_shapes_take_turns(world):
+    config = Config(out="", iterations=5, checkpoint_every=5)
+    config.data.shapes = [Shape([32, 32], 1, 4), Shape([16, 48], 3, 2)]
+    ranks = [list(SampleNumbers(config, rank, world, lambda: 0)) for rank in range(world)]
+    batches = [[n for part in parts for n in part] for parts in zip(*ranks, strict=True)]
+    assert [shape for batch in batches for _, shape in batch[:1]] == [0, 1, 0, 1, 0]
+    assert [len(batch) for batch in batches] == [4 * world, 2 * world] * 2 + [4 * world]
+    assert [n for batch in batches for n, _ in batch] == list(range(16 * world)), "each once"
+    # resumed in the middle, the same as before
+    assert list(SampleNumbers(config, 0, world, lambda: 3)) == ranks[0][3:]
 
 
 def test_the_mix_keeps_to_its_shares_and_sizes(recipe):
@@ -269,9 +282,28 @@ def test_the_mix_keeps_to_its_shares_and_sizes(recipe):
     mix = make_dataset(config, make_model(config))
     draws = [np.random.default_rng((0, n)).random() for n in range(400)]
     assert abs(np.mean(np.searchsorted(mix.bounds, draws, side="right") == 0) - 0.75) < 0.05
-    shapes = [tuple(mix[n]["frames"].shape[-2:]) for n in range(6)]
-    assert shapes == [(32, 32), (32, 32), (16, 48), (16, 48), (32, 32), (32, 32)]
-    assert torch.equal(mix[5]["frames"], mix[5]["frames"])
+    assert [tuple(mix[0, s]["frames"].shape[-2:]) for s in range(2)] == [(32, 32), (16, 48)]
+    assert torch.equal(mix[5, 1]["frames"], mix[5, 1]["frames"])
+
+
+def test_the_average_of_the_weights_is_what_is_saved(recipe, tmp_path):
+    """Frozen parts stay, the others move, and the saved model is the mean of the way."""
+    changes = [f"out={tmp_path / 'run'}", "iterations=3", "checkpoint_every=3"]
+    changes += ["optimizer.average=0.9", "optimizer.freeze=[backbone.body.features.0]"]
+    changes += ["optimizer.decay=2", "optimizer.halve_every=0", "optimizer.learning_rate=0.01"]
+    config = read_config(recipe, changes)
+    first = make_model(config).state_dict()
+    saved = load_model(train(config)).state_dict()
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert_same_but_for_rounding(saved, load_model(tmp_path / "run" / "last.ckpt").state_dict())
+    frozen = [k for k in saved if k.startswith("backbone.body.features.0.")]
+    assert frozen and all(torch.equal(saved[k], first[k]) for k in frozen)
+    last = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    way = last["mask.weight"] - first["mask.weight"]
+    assert 0 < float((saved["mask.weight"] - first["mask.weight"]).norm()) < float(way.norm())
+    with pytest.raises(InputError, match="no part 'head'"):
+        again = [*changes, f"out={tmp_path / 'b'}", "optimizer.freeze=[head]"]
+        train(read_config(recipe, again))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)

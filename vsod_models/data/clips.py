@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..errors import InputError
+from . import camera
 from .records import Record, Records, grey, read_as_stored
 from .transforms import Augmentation, augmented, drifted
 
@@ -110,6 +111,8 @@ class ClipDataset(Dataset[Sample]):
             raise IndexError(f"index {index} is negative; samples are numbered from 0")
         rng = np.random.default_rng([self.seed, 1, index])
         sequence = self.choose(index, rng)
+        if self.augment is not None and self.augment.keep_aspect:
+            return self.filmed(sequence, rng)
         loaded = [self.load(record) for record in sequence]
         frames, masks, *priors = (torch.from_numpy(np.stack(x)) for x in zip(*loaded, strict=True))
         clip = {"frames": tv_tensors.Video(frames.movedim(-1, 1)), "masks": as_mask(masks)}
@@ -121,16 +124,44 @@ class ClipDataset(Dataset[Sample]):
                 clip = drifted(clip, self.augment, still)
             clip = augmented(clip, self.transform, moving)
 
-        valid = torch.tensor([record.mask is not None for record in sequence], dtype=torch.float32)
         sample = {
             "frames": clip["frames"].as_subclass(torch.Tensor).float().div_(255),
             "masks": clip["masks"].as_subclass(torch.Tensor).float(),
-            "valid": valid,
-            "weight": torch.tensor([float(self.label_weights[r.label]) for r in sequence]),
         }
         if priors:
             sample["prior"] = clip["prior"].as_subclass(torch.Tensor).float().div_(255)
-        return sample
+        return sample | self.labelled(sequence)
+
+    def filmed(self, sequence: list[Record], rng: np.random.Generator) -> Sample:
+        """The sample of these records by a virtual camera, see `camera.py`."""
+        assert self.augment is not None
+        loaded = {(r.sequence, r.frame): self.load(r, as_stored=True) for r in sequence}
+        planes = [loaded[r.sequence, r.frame] for r in sequence]
+        if len(loaded) == 1 and len(planes[0]) == 2:
+            frames, masks = camera.still_clip(
+                planes[0][0], planes[0][1], len(sequence), self.size, self.augment, rng
+            )
+            rows = [[mask] for mask in masks]
+        else:
+            frames, rows = camera.video_clip(
+                [p[0] for p in planes], [p[1:] for p in planes], self.size, self.augment, rng
+            )
+        frames = camera.jittered(frames, self.augment, rng)
+        truth, *priors = (torch.from_numpy(np.stack(x)[:, None]) for x in zip(*rows, strict=True))
+        sample = {
+            "frames": torch.from_numpy(np.stack(frames)).movedim(-1, 1).float().div_(255),
+            "masks": (truth > 127).float(),
+        }
+        if priors:
+            sample["prior"] = priors[0].float().div_(255)
+        return sample | self.labelled(sequence)
+
+    def labelled(self, sequence: list[Record]) -> Sample:
+        """`valid` and `weight` of a sample."""
+        return {
+            "valid": torch.tensor([r.mask is not None for r in sequence], dtype=torch.float32),
+            "weight": torch.tensor([float(self.label_weights[r.label]) for r in sequence]),
+        }
 
     def choose(self, index: int, rng: np.random.Generator) -> list[Record]:
         """The records of sample `index`."""
@@ -156,8 +187,11 @@ class ClipDataset(Dataset[Sample]):
         first = t - place * stride
         return [sequence[reflected(first + j * stride, len(sequence))] for j in range(length)]
 
-    def load(self, record: Record) -> tuple[np.ndarray, ...]:
-        """Image (H, W, 3), mask (H, W) and, where there is one, prior (H, W): uint8, resized."""
+    def load(self, record: Record, as_stored: bool = False) -> tuple[np.ndarray, ...]:
+        """Image (H, W, 3), mask (H, W) and, where there is one, prior (H, W): uint8, resized.
+
+        as_stored: not resized, and the mask is 0 or 255.
+        """
         key = (record.sequence, record.frame)
         if self.cache is not None and key in self.cache:
             return self.cache[key]
@@ -167,11 +201,15 @@ class ClipDataset(Dataset[Sample]):
                 f"{record.mask}: the mask is {mask.shape[1]}x{mask.shape[0]}, its frame "
                 f"{image.shape[1]}x{image.shape[0]}"
             )
-        planes = [resized(image, self.stored_size)]
-        if mask is None:
+        if as_stored:
+            mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask * np.uint8(255)
+            planes = [image, mask]
+        elif mask is None:
+            planes = [resized(image, self.stored_size)]
             planes.append(np.zeros(self.stored_size, np.uint8))
         else:
-            planes.append((resized(mask * np.uint8(255), self.stored_size) > 127).astype(np.uint8))
+            small = resized(mask * np.uint8(255), self.stored_size)
+            planes = [resized(image, self.stored_size), (small > 127).astype(np.uint8)]
         if self.has_prior and record.prior is not None:
             prior = grey(read_as_stored(record.prior)).astype(np.uint8)
             if prior.shape != image.shape[:2]:
@@ -179,7 +217,7 @@ class ClipDataset(Dataset[Sample]):
                     f"{record.prior}: the motion prior is {prior.shape[1]}x{prior.shape[0]}, its "
                     f"frame {image.shape[1]}x{image.shape[0]}"
                 )
-            planes.append(resized(prior, self.stored_size))
+            planes.append(prior if as_stored else resized(prior, self.stored_size))
         if self.cache is not None:
             self.cache[key] = tuple(planes)
         return tuple(planes)

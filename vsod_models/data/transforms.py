@@ -37,6 +37,9 @@ class Augmentation:
     drift: float = 0.02
     drift_rotation: float = 1.5
     drift_zoom: float = 0.02
+    # Keep the frame's aspect ratio, and warp each frame once; see `camera.py`.
+    keep_aspect: bool = False
+    object_motion: float = 0.5  # share of stills whose object moves on its own (keep_aspect)
 
     def for_clips(self, size: tuple[int, int]) -> v2.Transform:
         """The transform to clips of `size` (height, width)."""

@@ -66,6 +66,8 @@ class Backbone(nn.Module):
         if missing:
             raise InputError(f"backbone {name} has maps at strides {sorted(maps)}, not {missing}")
         self.name, self.strides = name, tuple(strides)
+        # Depth-wise convolutions are twice as fast in this layout.
+        self.channels_last = name.startswith("mobilenet")
         self.channels = [maps[stride][1] for stride in strides]
         self.body = create_feature_extractor(network, {maps[s][0]: str(s) for s in strides})
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
@@ -78,7 +80,10 @@ class Backbone(nn.Module):
             images = F.pad(
                 images, (0, max(0, least - width), 0, max(0, least - height)), mode="replicate"
             )
-        maps = self.body((images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        maps = self.body(images)
         return [maps[str(stride)] for stride in self.strides]
 
     def load_weights(self, weights: str | Path) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+POSITIVE_WEIGHTS = ("paper", "balanced", "none")
+
 
 def weighted_bce(logits: Tensor, mask: Tensor, positive_weight: str = "paper") -> Tensor:
     """Weighted binary cross-entropy of MSSA (2023), eq. 5, with a minus on both of its terms.
@@ -16,19 +18,23 @@ def weighted_bce(logits: Tensor, mask: Tensor, positive_weight: str = "paper") -
         logits: (..., H, W).
         mask: the same shape, 0 or 1.
         positive_weight: what a is, with gamma the share of salient pixels of the frame: "paper"
-            (a = gamma, as printed, which weighs the rare class down) or "balanced"
-            (a = 1 - gamma).
+            (a = gamma, as printed, which weighs the rare class down), "balanced"
+            (a = 1 - gamma) or "none" (all pixels weigh 1: plain BCE).
 
     Returns:
         (...), one value for each frame.
     """
+    if positive_weight not in POSITIVE_WEIGHTS:
+        raise ValueError(
+            f"positive_weight must be one of {', '.join(POSITIVE_WEIGHTS)}, got {positive_weight!r}"
+        )
+    loss = F.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
+    if positive_weight == "none":
+        return loss.mean(dim=(-2, -1))
     gamma = mask.mean(dim=(-2, -1), keepdim=True)
     if positive_weight == "balanced":
         gamma = 1 - gamma
-    elif positive_weight != "paper":
-        raise ValueError(f'positive_weight must be "paper" or "balanced", got {positive_weight!r}')
     weight = torch.where(mask > 0.5, gamma, 1 - gamma)
-    loss = F.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
     return (weight * loss).mean(dim=(-2, -1))
 
 

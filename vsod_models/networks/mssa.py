@@ -48,6 +48,8 @@ class MSSA(PretrainedModel):
         decoder_dim: channels of the decoder, a multiple of 8.
         clip_length: frames of a clip in training, and of a window in prediction.
         image_size: (height, width) it is trained at; prediction resizes to it by default.
+        keep_aspect: frames keep their aspect ratio: prediction resizes them to as many pixels as
+            `image_size` has, with sides that are multiples of the deepest stride.
         backend: of the attention op, see :func:`vsod_ops.shunted_attention`.
 
     Shape:
@@ -72,6 +74,7 @@ class MSSA(PretrainedModel):
         decoder_dim: int = 128,
         clip_length: int = 5,
         image_size: Sequence[int] = (224, 224),
+        keep_aspect: bool = False,
         backend: str | None = None,
     ):
         super().__init__()
@@ -82,6 +85,7 @@ class MSSA(PretrainedModel):
             raise InputError(f"skips {tuple(skips)} and levels {tuple(levels)} must ascend")
         self.clip_length = clip_length
         self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.keep_aspect = keep_aspect
         self.backbone = Backbone(backbone, strides, **(backbone_options or {}))
         skip_channels = self.backbone.channels[: len(skips)]
         level_channels = self.backbone.channels[len(skips) :]

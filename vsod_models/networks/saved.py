@@ -89,7 +89,9 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
         raise InputError(
             f"{file}: not a checkpoint of `vsod train` ({type(error).__name__})"
         ) from None
-    return config, {k.removeprefix("model."): v for k, v in state.items()}
+    averaged = any(k.startswith("average.") for k in state)
+    prefix = "average." if averaged else "model."
+    return config, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def build_model(

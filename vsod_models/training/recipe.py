@@ -20,9 +20,19 @@ class Source:
 
     dataset: str = "???"
     split: str = "train"
+    root: str | None = None  # its folder, where data.roots does not say it
     share: float = 1.0  # of the samples, relative to the other sources
     labels: str | None = None  # folder of `vsod label coarse`, laid over the ground truth
     options: dict[str, Any] = field(default_factory=dict)  # of the reader
+
+
+@dataclass
+class Shape:
+    """Of the batches that alternate: `clips` clips of `clip_length` frames of `size`."""
+
+    size: list[int] = field(default_factory=lambda: [224, 224])  # height, width
+    clip_length: int = 1
+    clips: int = 1  # on each device
 
 
 @dataclass
@@ -33,6 +43,8 @@ class DataConfig:
     # (height, width) of the samples; with several sizes, batches alternate between them
     sizes: list[list[int]] = field(default_factory=lambda: [[224, 224]])
     clip_length: int = 5
+    # In place of sizes, clip_length and batch_size: batches of different shapes, in turn.
+    shapes: list[Shape] = field(default_factory=list)
     sampling: str = "adjacent"  # or "random": any frames of a sequence, in order
     max_stride: int = 1  # adjacent frames of a clip are 1 to this far apart
     augment: bool = True
@@ -46,7 +58,7 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    positive_weight: str = "paper"  # of MSSA; or "balanced"
+    positive_weight: str = "paper"  # of MSSA; or "balanced", "none"
     beta: float = 0.1  # of MSST: weight of the loss of O^T
 
 
@@ -54,10 +66,15 @@ class LossConfig:
 class OptimizerConfig:
     learning_rate: float = 1e-5
     backbone_factor: float = 1.0  # learning rate of the backbone, relative
-    halve_every: int = 20_000  # iterations
+    halve_every: int = 20_000  # iterations; 0: never
+    decay: int = 0  # the last iterations, in which the rate falls to 0 along a cosine
     warm_up: int = 0  # iterations of linear warm-up
     weight_decay: float = 0.0
     clip_gradient: float = 1.0  # norm; 0: not clipped
+    average: float = 0.0  # decay of the moving average of the weights that is saved; 0: none
+    # Modules, by their names in the model, that stay as they are: no gradients, and batch norm by
+    # its stored statistics.
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -136,8 +153,8 @@ def _first_line(error: Exception) -> str:
     return lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
 
 
-def plain(config: Config) -> dict[str, Any]:
-    """The configuration as plain dictionaries and lists."""
+def plain(config: Any) -> dict[str, Any]:
+    """The configuration, a `Config` or one of OmegaConf's, as plain dictionaries and lists."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import os
 import time
 import warnings
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import InputError
 from ..files import whole_file
-from ..networks.losses import mssa_loss, msst_loss
+from ..networks.losses import POSITIVE_WEIGHTS, mssa_loss, msst_loss
 from ..networks.msst import MSST
 from ..networks.saved import PretrainedModel, load_state
 from ..prior.flow import FLOW_MAGNITUDE
@@ -41,6 +43,35 @@ class Task(lightning.LightningModule):
         super().__init__()
         self.model: PretrainedModel = model
         self.config = config
+        for name in config.optimizer.freeze:
+            try:
+                model.get_submodule(name).requires_grad_(False)
+            except AttributeError:
+                raise InputError(f"optimizer.freeze: the model has no part {name!r}") from None
+        if config.optimizer.average:
+            self.average = copy.deepcopy(model).requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        for name in self.config.optimizer.freeze:
+            self.model.get_submodule(name).eval()
+
+    def on_train_batch_end(self, *rest: Any) -> None:
+        if self.config.optimizer.average:
+            # Follows faster at first, so that the initial weights do not linger.
+            early = (1 + self.global_step) / (10 + self.global_step)
+            keep = min(self.config.optimizer.average, early)
+            means, values = self.average.state_dict().values(), self.model.state_dict().values()
+            with torch.no_grad():
+                for mean, now in zip(means, values, strict=True):
+                    if mean.is_floating_point():
+                        mean.lerp_(now, 1 - keep)
+                    else:
+                        mean.copy_(now)
+
+    @property
+    def result(self) -> PretrainedModel:
+        """What is validated and saved."""
+        return self.average if self.config.optimizer.average else self.model
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         options = self.config.loss
@@ -69,7 +100,8 @@ class Task(lightning.LightningModule):
         options = self.config.optimizer
         backbone = self.model.backbone_parameters()
         known = {id(p) for p in backbone}
-        rest = [p for p in self.model.parameters() if id(p) not in known]
+        rest = [p for p in self.model.parameters() if id(p) not in known and p.requires_grad]
+        backbone = [p for p in backbone if p.requires_grad]
         rate = options.learning_rate
         optimizer = torch.optim.Adam(
             [
@@ -81,7 +113,12 @@ class Task(lightning.LightningModule):
 
         def factor(iteration: int) -> float:
             warm = min(1.0, (iteration + 1) / (options.warm_up + 1))
-            return warm * 0.5 ** (iteration // options.halve_every)
+            halvings = iteration // options.halve_every if options.halve_every else 0
+            left = self.config.iterations - iteration
+            fall = 1.0
+            if left < options.decay:
+                fall = 0.5 - 0.5 * math.cos(math.pi * left / options.decay)
+            return warm * fall * 0.5**halvings
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
@@ -185,9 +222,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
         start = check_same(config, last)
     elif not resume and last.exists() and "LOCAL_RANK" not in os.environ:
         raise InputError(f"{out}: holds a run already; --resume goes on with it")
-    if config.loss.positive_weight not in ("paper", "balanced"):
+    if config.loss.positive_weight not in POSITIVE_WEIGHTS:
         raise InputError(
-            'loss.positive_weight must be "paper" or "balanced", '
+            f"loss.positive_weight must be one of {', '.join(POSITIVE_WEIGHTS)}, "
             f"got {config.loss.positive_weight!r}"
         )
     model = make_model(config)
@@ -248,7 +285,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        model.save_pretrained(out / "model")
+        task.result.save_pretrained(out / "model")
         if model.needs_prior and config.data.prior != FLOW_MAGNITUDE:
             prior = load_prior(config.data.prior)
             assert isinstance(prior, MotionPrior)
@@ -260,7 +297,9 @@ def check_same(config: Config, last: Path) -> int:
     """The iteration of a checkpoint, if it belongs to this configuration."""
     try:
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-        before, iteration = checkpoint["config"], int(checkpoint["global_step"])
+        # What the configuration has gained since then was at its default.
+        before = plain(OmegaConf.merge(OmegaConf.structured(Config), checkpoint["config"]))
+        iteration = int(checkpoint["global_step"])
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise InputError(f"{last}: not a checkpoint ({type(error).__name__})") from None
     now = plain(config)

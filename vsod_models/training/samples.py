@@ -19,13 +19,13 @@ from ..labels.coarse import with_coarse_labels
 from ..networks.saved import PretrainedModel
 from ..prior.cache import make_priors
 from ..prior.load import load_prior
-from .recipe import Config, DataConfig, Source
+from .recipe import Config, DataConfig, Shape, Source
 
 
 class Mix(Dataset):
     """Samples by number, drawn from several clip datasets in proportion to their shares.
 
-    parts[s][d] gives clips of dataset d at size s; batches alternate between the sizes.
+    parts[s][d] gives clips of dataset d in shape s; an index is (number of the sample, shape).
     """
 
     def __init__(
@@ -33,20 +33,19 @@ class Mix(Dataset):
         parts: Sequence[Sequence[ClipDataset]],
         shares: Sequence[float],
         seed: int,
-        numbers_per_size: int,
     ):
-        self.parts, self.seed, self.numbers_per_size = parts, seed, numbers_per_size
+        self.parts, self.seed = parts, seed
         self.bounds = np.cumsum(shares) / np.sum(shares)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
+        number, shape = index
         draw = np.random.default_rng((self.seed, number)).random()
         part = min(int(np.searchsorted(self.bounds, draw, side="right")), len(self.bounds) - 1)
-        size = number // self.numbers_per_size % len(self.parts)
-        return self.parts[size][part][number]
+        return self.parts[shape][part][number]
 
 
-class SampleNumbers(Sampler[list[int]]):
-    """Batches of sample numbers for one epoch (the iterations between two checkpoints)."""
+class SampleNumbers(Sampler[list[tuple[int, int]]]):
+    """Batches of (sample number, shape) for one epoch (the iterations between two checkpoints)."""
 
     def __init__(self, config: Config, rank: int, world: int, iteration: Callable[[], int]):
         self.config, self.rank, self.world, self.iteration = config, rank, world, iteration
@@ -55,17 +54,25 @@ class SampleNumbers(Sampler[list[int]]):
         left = self.config.iterations - self.iteration()
         return min(self.config.checkpoint_every, left) * self.config.accumulate
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.iteration() * self.config.accumulate
-        size = self.config.batch_size
+        clips = [shape.clips for shape in shapes_of(self.config)]
         for batch in range(first, first + len(self)):
-            start = (batch * self.world + self.rank) * size
-            yield list(range(start, start + size))
+            turn, shape = divmod(batch, len(clips))
+            before = (turn * sum(clips) + sum(clips[:shape])) * self.world
+            start = before + self.rank * clips[shape]
+            yield [(number, shape) for number in range(start, start + clips[shape])]
+
+
+def shapes_of(config: Config) -> list[Shape]:
+    """What batches look like, in turn."""
+    data = config.data
+    return data.shapes or [Shape(size, data.clip_length, config.batch_size) for size in data.sizes]
 
 
 def open_source(data: DataConfig, source: Source) -> Records:
     """The records of one source, from the folder that `data.roots` names for its dataset."""
-    root = data.roots.get(source.dataset)
+    root = source.root or data.roots.get(source.dataset)
     if root is None and source.dataset != "synthetic":
         raise InputError(
             f"dataset {source.dataset}: say where it lies with data.roots.{source.dataset}=DIR"
@@ -93,9 +100,9 @@ def make_dataset(config: Config, model: PretrainedModel) -> Mix:
         [
             ClipDataset(
                 records,
-                data.clip_length,
+                shape.clip_length,
                 strides=strides,
-                size=(size[0], size[1]),
+                size=(shape.size[0], shape.size[1]),
                 augment=data.augmentation if data.augment else None,
                 seed=config.seed,
                 label_weights=data.label_weights,
@@ -104,7 +111,6 @@ def make_dataset(config: Config, model: PretrainedModel) -> Mix:
             )
             for records in sources
         ]
-        for size in data.sizes
+        for shape in shapes_of(config)
     ]
-    numbers = config.batch_size * config.devices * config.nodes  # in one batch over all devices
-    return Mix(parts, [source.share for source in data.train], config.seed, numbers)
+    return Mix(parts, [source.share for source in data.train], config.seed)

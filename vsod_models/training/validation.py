@@ -34,7 +34,7 @@ class Validation(Callback):
         if not (done % every < self.config.checkpoint_every or done >= self.config.iterations):
             return
         if trainer.is_global_zero:
-            scores, pictures = validate(task.model, self.records, self.prior)
+            scores, pictures = validate(task.result, self.records, self.prior)
             writer = trainer.loggers[0].experiment  # type: ignore[attr-defined]
             for name, value in scores.items():
                 writer.add_scalar(f"validation/{name}", value, done)

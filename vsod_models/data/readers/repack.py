@@ -8,6 +8,7 @@ Masks are of mode 1, L or RGB, some of them anti-aliased: grey above 127 counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
@@ -23,15 +24,22 @@ from .folders import (
 )  # fmt: skip
 
 SPLITS = ("test",)
-IMAGES = ("Imgs", "Frame", "Image")
-MASKS = ("GT_object_level", "ground-truth", "GT")
+IMAGES = ("Imgs", "Frame", "Image", "images")
+MASKS = ("GT_object_level", "ground-truth", "GT", "masks")
 
 
-def open_repack(root: Path, split: str, *, on_problem: OnProblem = fail) -> Records:
-    """`root` holds the sequences of one set; the layout has no lists, so `split` only names it."""
+def open_repack(
+    root: Path, split: str, *, without: Sequence[str] = (), on_problem: OnProblem = fail
+) -> Records:
+    """`root` holds the sequences of one set; the layout has no lists, so `split` only names it.
+
+    without: names of sequences to leave out.
+    """
     need_folder(root, "<sequence>/Imgs and <sequence>/GT_object_level")
     records: list[Record] = []
     for folder in folders(root):
+        if folder.name in without:
+            continue
         if folder.name == "static_images":
             raise InputError(f"{folder}: still images, not a sequence; open it as stills")
         images = [folder / name for name in IMAGES if (folder / name).is_dir()]
