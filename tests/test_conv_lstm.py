@@ -4,27 +4,28 @@ import math
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 from checks import (
-    LSTM_NAMES,
+    BACKENDS,
+    CPU_MODULE,
+    DTYPES,
+    assert_two_threads_agree,
+    nan_filled_memory,
+    needs_cpu,
+)
+from checks_conv_lstm import (
+    NAMES,
     check_conv_lstm,
     eager_conv_lstm,
     lstm_inputs,
     lstm_sweep_case,
-    nan_filled_memory,
 )
 
 from vsod_ops import conv_lstm, conv_lstm_cell
-from vsod_ops.backends import compiled_module
 from vsod_ops.conv_lstm.op import SAVE_CELLS, SAVE_GATES, SAVE_NOTHING
 
-MODULE = compiled_module("_cpu")
-needs_cpu = pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CPU module: {MODULE}")
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OP = torch.ops.vsod_ops.conv_lstm.default
 
 
@@ -38,7 +39,7 @@ def call(inputs, **options):
     return conv_lstm(x, None if h is None else (h, c), *others, **options)
 
 
-def require_grad(inputs, wanted=LSTM_NAMES):
+def require_grad(inputs, wanted=NAMES):
     return {
         name: None if t is None else t.detach().requires_grad_(name in wanted)
         for name, t in inputs.items()
@@ -225,31 +226,18 @@ def test_same_bits_for_every_run_and_thread_count(shape, dtype):
 @needs_cpu
 def test_two_threads_at_once():
     cases = [lstm_inputs(1, 2, 3, 4, 30, 60, torch.float32, seed=s) for s in (1, 2)]
-    expected = [call(x)[0] for x in cases]
-    failures = []
-
-    def work(i):
-        for _ in range(20):
-            if not torch.equal(call(cases[i])[0], expected[i]):
-                failures.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert_two_threads_agree(lambda case: call(case)[0], cases)
 
 
 @needs_cpu
 @pytest.mark.parametrize("level", ("portable", "avx2", "avx512", "avx512bf16"))
 def test_every_simd_level(level):
-    levels = MODULE.build_info()["levels"].split(", ")
-    if level not in levels or levels.index(level) > levels.index(MODULE.build_info()["level"]):
+    levels = CPU_MODULE.build_info()["levels"].split(", ")
+    if level not in levels or levels.index(level) > levels.index(CPU_MODULE.build_info()["level"]):
         pytest.skip(f"this CPU or build has no {level}")
     code = (
         "import torch\n"
-        "from checks import check_conv_lstm, lstm_inputs\n"
+        "from checks_conv_lstm import check_conv_lstm, lstm_inputs\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
         "    for recompute in (False, True):\n"
         "        inputs = lstm_inputs(2, 2, 5, 7, 11, 75, dtype, peephole='full')\n"

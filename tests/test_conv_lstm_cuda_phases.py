@@ -3,129 +3,56 @@ for the launch and the barriers."""
 
 import pytest
 import torch
-from checks import assert_error_bound, nan_filled_memory
+from checks import nan_filled_memory, needs_cpu, picker
+from checks_conv_lstm import (
+    GRADIENTS,
+    assert_like_float64,
+    lstm_gradients,
+    lstm_inputs,
+    oracle_results,
+)
 
 from vsod_ops import backends
-from vsod_ops.conv_lstm import op, reference
+from vsod_ops.conv_lstm import op
 
-MODULE = backends.compiled_module("_cpu")
-pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CPU module: {MODULE}")
-
-GRADIENTS = ("dx", "dh", "dc", "dweight_ih", "dweight_hh", "dbias", "dweight_peephole")
+pytestmark = needs_cpu
 
 
-def draw(
-    batch=1, steps=2, channels=3, hidden=4, height=9, width=11, kernel=3,
-    *, dtype=torch.float64, state=True, bias=True, peephole=None, layout="contiguous", seed=0,
-    scale=1.0,
-):  # fmt: skip
-    """(x, h, c, weight_ih, weight_hh, bias, weight_peephole), then (grad_out, grad_c)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, factor=scale, as_dtype=dtype):
-        return (factor * torch.randn(shape, generator=generator, dtype=torch.float64)).to(as_dtype)
-
-    def view(x):
-        if layout == "permuted":
-            return x.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
-        if layout == "expanded":
-            return x[:, :1].expand(x.shape)
-        return x
-
-    wide = op.state_dtype(dtype)
-    spread = scale / (kernel * (channels + hidden) ** 0.5)
-    shape = (batch, hidden, height, width)
-    full = (3, hidden, height, width) if peephole == "full" else (3, hidden)
-    inputs = (
-        view(normal(batch, steps, channels, height, width)),
-        normal(*shape) if state else None,
-        normal(*shape, as_dtype=wide) if state else None,
-        normal(4 * hidden, channels, kernel, kernel, factor=spread),
-        normal(4 * hidden, hidden, kernel, kernel, factor=spread),
-        normal(4 * hidden) if bias else None,
-        normal(*full) if peephole else None,
-    )
-    grads = (
-        view(normal(batch, steps, hidden, height, width)),
-        normal(*shape, as_dtype=wide),
-    )
-    return inputs, grads
+def draw(layout="contiguous", **shape):
+    """Inputs and gradients; all but x and grad_out contiguous, as the kernels want them."""
+    inputs = lstm_inputs(**shape, layout=layout)
+    inputs |= {k: t.contiguous() for k, t in inputs.items() if k != "x" and t is not None}
+    return inputs, lstm_gradients(inputs, layout)
 
 
 def on_host(inputs, grads, dilation, *, recompute=False, window=0, reverse=False, needs=None):
+    tensors = list(inputs.values())
     save = op.SAVE_CELLS if recompute else op.SAVE_GATES
     ops = torch.ops.vsod_ops
-    out, c_last, cells, gates = ops.conv_lstm_cuda_on_host(*inputs, dilation, save, reverse)
-    needs = [t is not None for t in inputs] if needs is None else needs
-    results = ops.conv_lstm_backward_cuda_on_host(
-        *grads, *inputs, out, c_last, cells, gates, dilation, needs, window, reverse
+    kept = ops.conv_lstm_cuda_on_host(*tensors, dilation, save, reverse)
+    needs = [t is not None for t in tensors] if needs is None else needs
+    found = ops.conv_lstm_backward_cuda_on_host(
+        *grads, *tensors, *kept, dilation, needs, window, reverse
     )
-    return {"out": out, "c_last": c_last} | dict(zip(GRADIENTS, results, strict=True))
-
-
-def by_reference(inputs, grads, dilation, dtype):
-    def as_dtype(tensors):
-        return [None if t is None else t.to(dtype) for t in tensors]
-
-    inputs, grads = as_dtype(inputs), as_dtype(grads)
-    out, c_last, cells, gates = reference.forward(*inputs, dilation, op.SAVE_GATES)
-    needs = [t is not None for t in inputs]
-    results = reference.backward(*grads, *inputs, out, c_last, cells, gates, dilation, needs)
-    return {"out": out, "c_last": c_last} | dict(zip(GRADIENTS, results, strict=True))
-
-
-def eager(inputs, grads, dilation):
-    """Plain autograd with every tensor but the cell state in the inputs' own dtype."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    x, h, c, w_ih, w_hh, bias, peephole = leaves
-    shape = (x.shape[0], w_hh.shape[1], *x.shape[3:])
-    h = x.new_zeros(shape) if h is None else h
-    c = x.new_zeros(shape) if c is None else c
-    p = [0.0, 0.0, 0.0]
-    if peephole is not None:
-        p = peephole if peephole.dim() == 4 else peephole[:, :, None, None]
-    options = {"padding": dilation * (w_ih.shape[-1] // 2), "dilation": dilation}
-    outs = []
-    for t in range(x.shape[1]):
-        sums = torch.conv2d(x[:, t], w_ih, bias, **options) + torch.conv2d(h, w_hh, **options)
-        i, f, g, o = sums.chunk(4, 1)
-        c = (f + p[1] * c).sigmoid() * c + (i + p[0] * c).sigmoid() * g.tanh()
-        h = ((o + p[2] * c).sigmoid() * c.tanh()).to(x.dtype)
-        outs.append(h)
-    out = torch.stack(outs, 1)
-    used = [t for t in leaves if t is not None]
-    results = iter(torch.autograd.grad((out, c), used, (grads[0], grads[1].to(c.dtype))))
-    found = {n: next(results) for n, t in zip(GRADIENTS, leaves, strict=True) if t is not None}
-    return {"out": out.detach(), "c_last": c.detach()} | found
+    return dict(zip(("out", "c_T", *GRADIENTS), (*kept[:2], *found), strict=True))
 
 
 def check(case, *, dilation=1, **options):
     """Every output and gradient of the phases against float64."""
     inputs, grads = draw(**case)
-    dtype = inputs[0].dtype
     with nan_filled_memory():
         actual = on_host(inputs, grads, dilation, **options)
-    oracle = by_reference(inputs, grads, dilation, torch.float64)
-    narrow = eager(inputs, grads, dilation) if dtype.itemsize == 2 else None
-    for name, expected in oracle.items():
-        if expected.numel() == 0:
-            assert actual[name].numel() == 0, name
-        elif narrow is not None:
-            assert_error_bound(name, actual[name], narrow[name], expected, dtype)
-        else:
-            assert actual[name].dtype == dtype
-            torch.testing.assert_close(
-                actual[name],
-                expected.to(dtype),
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+    for name, value in actual.items():
+        wide = name in ("c_T", "dc")
+        assert value.dtype == (op.state_dtype(inputs["x"].dtype) if wide else inputs["x"].dtype)
+    assert_like_float64(actual, inputs, grads, dilation, exact=True)
 
 
 # Around the tiles of 32 x 16, 32 x 32 and 32 x 8 pixels, the chunks of 8 channels, the groups of 4
 # hidden channels, of 4 or 8 gathered ones and of 16 gate channels.
 SHAPES = (
     {"channels": 4, "hidden": 4, "height": 17, "width": 33, "steps": 3},
-    {"channels": 1, "hidden": 1, "height": 1, "width": 1, "steps": 1},
+    {"channels": 1, "hidden": 1, "height": 1, "width": 1, "steps": 1, "batch": 8},
     {"channels": 3, "hidden": 5, "height": 33, "width": 31, "batch": 2},
     {"channels": 9, "hidden": 8, "height": 8, "width": 32},
     {"channels": 2, "hidden": 13, "height": 1, "width": 65, "steps": 3},
@@ -178,9 +105,10 @@ def test_one_incoming_gradient(missing):
         torch.zeros_like(grad_out) if missing == "grad_out" else grad_out,
         torch.zeros_like(grad_c) if missing == "grad_c" else grad_c,
     )
-    expected = by_reference(inputs, zeros, 1, torch.float64)
-    for name, actual in on_host(inputs, given, 1).items():
-        torch.testing.assert_close(actual, expected[name])
+    expected = oracle_results(inputs, zeros)
+    actual = on_host(inputs, given, 1)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(actual[name], wanted)
 
 
 @pytest.mark.parametrize("wanted", range(7))
@@ -238,12 +166,12 @@ def test_ends_of_the_range():
 def test_infinity_and_nan_stay_where_they_belong(dtype):
     """A product with padding would make NaN of infinity in pixels that do not see it."""
     inputs, _ = draw(channels=3, hidden=5, height=9, width=20, steps=1, dtype=dtype)
-    x = inputs[0].clone()
+    x = inputs["x"].clone()
     x[0, 0, 1, 4, 3], x[0, 0, 0, 4, 15] = torch.inf, torch.nan
-    w_ih = inputs[3].abs() + 0.1  # each tap gives +inf, no two of them -inf
+    w_ih = inputs["weight_ih"].abs() + 0.1  # each tap gives +inf, no two of them -inf
     ops = torch.ops.vsod_ops
     *_, gates = ops.conv_lstm_cuda_on_host(
-        x, None, None, w_ih, *inputs[4:], 1, op.SAVE_GATES, False
+        x, None, None, w_ih, *list(inputs.values())[4:], 1, op.SAVE_GATES, False
     )
     gates = gates.view(4, 5, 9, 20)
     sees_nan = torch.zeros(9, 20, dtype=torch.bool)
@@ -254,20 +182,16 @@ def test_infinity_and_nan_stay_where_they_belong(dtype):
 
 def test_zero_state_is_no_state():
     inputs, grads = draw(steps=3, state=False)
-    x = inputs[0]
+    x = inputs["x"]
     zero = x.new_zeros(x.shape[0], 4, *x.shape[3:])
-    with_zeros = on_host((x, zero, zero, *inputs[3:]), grads, 1)
+    with_zeros = on_host(inputs | {"h": zero, "c": zero}, grads, 1)
     without = on_host(inputs, grads, 1)
-    for name in ("out", "c_last", "dx", "dweight_ih", "dweight_hh", "dbias"):
+    for name in ("out", "c_T", "dx", "dweight_ih", "dweight_hh", "dbias"):
         assert torch.equal(with_zeros[name], without[name]), name
 
 
 def test_random_cases(sweep_index):
-    generator = torch.Generator().manual_seed(2000 + sweep_index)
-
-    def pick(options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
-
+    pick = picker(2000 + sweep_index)
     case = {
         "batch": pick((1, 2)),
         "steps": pick((1, 2, 3)),

@@ -1,95 +1,39 @@
 """dense_crf: the definition, pydensecrf, the CPU kernel, arguments, values, compile."""
 
 import os
-import subprocess
-import sys
-import threading
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from checks import nan_filled_memory
+from checks import (
+    BACKENDS,
+    DTYPES,
+    assert_two_threads_agree,
+    nan_filled_memory,
+    needs_cpu,
+    run_tests_at_level,
+)
+from checks_dense_crf import (
+    DSS,
+    NUMBERS,
+    OTHER_NUMBERS,
+    assert_like_pydensecrf,
+    noise,
+    pydensecrf,
+    scene,
+)
 
 from vsod_ops import backends, dense_crf
-from vsod_ops.backends import compiled_module
 from vsod_ops.dense_crf import PRESETS, reference
 
-MODULE = compiled_module("_cpu")
-HAS_CPU = not isinstance(MODULE, str)
-needs_cpu = pytest.mark.skipif(not HAS_CPU, reason=f"no CPU module: {MODULE}")
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
 OP = torch.ops.vsod_ops.dense_crf.default
-DSS = PRESETS["dss"]
-NUMBERS = [float(DSS[name]) for name in list(DSS)[1:]]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Many small products: on a busy machine, threads of each would wait for one another."""
     torch.set_num_threads(1)
-
-
-def scene(batch, height, width, *, classes=0, seed=0):
-    """A bright ellipse on a shaded background with grain, and a coarse map of it."""
-    generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(
-        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
-    )
-    centre = torch.rand(batch, 2, 1, 1, generator=generator) - 0.5
-    distance = ((y - centre[:, 0]) ** 2 + 2 * (x - centre[:, 1]) ** 2).sqrt()
-    inside = (distance < 0.5).float()
-    shade = 60 + 40 * y + 20 * x
-    image = torch.stack([shade + 100 * inside, shade + 40 * inside, 1.5 * shade - 20 * inside], 1)
-    image = image + 6 * torch.randn(image.shape, generator=generator)
-    image = image.round().clamp(0, 255).to(torch.uint8)
-    prob = (1.6 - 2.2 * distance + 0.2 * torch.randn(inside.shape, generator=generator)).sigmoid()
-    if classes:
-        logits = torch.randn(batch, classes, height, width, generator=generator)
-        logits[:, 1] += 4 * prob - 1
-        prob = logits.softmax(1)
-    return prob, image
-
-
-def noise(batch, height, width, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    prob = torch.rand(batch, height, width, generator=generator)
-    image = torch.randint(256, (batch, 3, height, width), generator=generator)
-    return prob, image.to(torch.uint8)
-
-
-def pydensecrf(prob, image, numbers=DSS):
-    """What a user of pydensecrf computes, image by image."""
-    densecrf = pytest.importorskip("pydensecrf.densecrf")
-    numpy = pytest.importorskip("numpy")
-    from pydensecrf.utils import unary_from_softmax
-
-    classes = torch.stack([1 - prob, prob], 1) if prob.dim() == 3 else prob
-    _, count, height, width = classes.shape
-    results = []
-    for q, frame in zip(classes, image, strict=True):
-        crf = densecrf.DenseCRF2D(width, height, count)
-        crf.setUnaryEnergy(unary_from_softmax(q.numpy()))
-        crf.addPairwiseGaussian(sxy=numbers["gaussian_sxy"], compat=numbers["gaussian_weight"])
-        crf.addPairwiseBilateral(
-            sxy=numbers["bilateral_sxy"],
-            srgb=numbers["bilateral_srgb"],
-            rgbim=frame.permute(1, 2, 0).contiguous().numpy(),
-            compat=numbers["bilateral_weight"],
-        )
-        out = torch.from_numpy(numpy.array(crf.inference(numbers["iterations"])))
-        out = out.view(count, height, width)
-        results.append(out[1] if prob.dim() == 3 else out)
-    return torch.stack(results)
-
-
-def assert_like_pydensecrf(actual, expected):
-    assert (actual - expected).abs().mean() <= 1e-3
-    if actual.dim() == 4:
-        same = actual.argmax(1) == expected.argmax(1)
-    else:
-        same = (actual > 0.5) == (expected > 0.5)
-    assert same.float().mean() >= 0.999
 
 
 # ---- the definition
@@ -170,16 +114,8 @@ def test_classes_like_pydensecrf(classes):
 @needs_cpu
 def test_other_numbers_like_pydensecrf():
     prob, image = scene(1, 50, 70)
-    numbers = {
-        "iterations": 3,
-        "gaussian_sxy": 1.5,
-        "gaussian_weight": 2.0,
-        "bilateral_sxy": 17,
-        "bilateral_srgb": 1,
-        "bilateral_weight": 6.5,
-    }
-    out = dense_crf(prob, image, **numbers, backend="cpu")
-    assert_like_pydensecrf(out, pydensecrf(prob, image, numbers))
+    out = dense_crf(prob, image, **OTHER_NUMBERS, backend="cpu")
+    assert_like_pydensecrf(out, pydensecrf(prob, image, OTHER_NUMBERS))
 
 
 def real_pairs(count):
@@ -213,7 +149,7 @@ def test_real_frames_like_pydensecrf():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_prob_dtypes(backend, dtype):
     prob, image = scene(1, 20, 24)
     prob = prob.to(dtype)
@@ -293,20 +229,7 @@ def test_same_bits_on_every_run_and_thread_count(classes):
 @needs_cpu
 def test_two_threads_at_once():
     inputs = [scene(1, 60, 60, seed=s) for s in (1, 2)]
-    expected = [dense_crf(*x) for x in inputs]
-    failures = []
-
-    def work(i):
-        for _ in range(10):
-            if not torch.equal(dense_crf(*inputs[i]), expected[i]):
-                failures.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failures
+    assert_two_threads_agree(lambda case: dense_crf(*case), inputs, repeats=10)
 
 
 @needs_cpu
@@ -516,25 +439,5 @@ def test_fake_tensors():
 @pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
 @needs_cpu
 def test_other_levels(level):
-    """The same tests with a lower SIMD level, which is chosen once a process."""
-    if os.environ.get("VSOD_OPS_SIMD"):
-        pytest.skip("a level is forced already")
-    levels = ["portable", "avx2", "avx512", "avx512bf16"]
-    if levels.index(level) >= levels.index(MODULE.build_info()["level"]):
-        pytest.skip(f"this CPU's level is {MODULE.build_info()['level']}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            __file__,
-            "-k",
-            "(like_pydensecrf and not deeplab) or bits or grows or one_pixel or binary_case",
-        ],
-        env=os.environ | {"VSOD_OPS_SIMD": level},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+    some = "(like_pydensecrf and not deeplab) or bits or grows or one_pixel or binary_case"
+    run_tests_at_level(level, __file__, "-k", some)

@@ -1,51 +1,29 @@
 """dense_crf on CUDA tensors by its CUDA kernels, and what nvcc made of those."""
 
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from checks import nan_filled_memory
-from test_dense_crf import DSS, NUMBERS, assert_like_pydensecrf, noise, pydensecrf, scene
-from test_dense_crf_cuda_phases import SIZES, assert_like_the_cpu_kernel, constant, on_host
+from checks import nan_filled_memory, needs_cpu
+from checks_cuda import assert_no_spills, needs_cuda_module, on_gpu
+from checks_dense_crf import (
+    DSS,
+    NUMBERS,
+    SIZES,
+    assert_like_pydensecrf,
+    assert_like_the_cpu_kernel,
+    constant,
+    noise,
+    on_host,
+    pydensecrf,
+    scene,
+)
 
-from vsod_ops import backends, dense_crf
+from vsod_ops import dense_crf
 from vsod_ops.dense_crf import PRESETS, op, reference
 
-MODULE = backends.compiled_module("_cuda")
-needs_gpu = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-    pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CUDA module: {MODULE}"),
-]
 
-
-def on_gpu(tests):
-    for mark in needs_gpu:
-        tests = mark(tests)
-    return tests
-
-
-@pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CUDA module: {MODULE}")
+@needs_cuda_module
 def test_no_kernel_spills():
-    """Registers and stack of each kernel, for each architecture of the build."""
-    triton = pytest.importorskip("triton")
-    objdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not objdump.exists():
-        pytest.skip("this triton carries no cuobjdump")
-    done = subprocess.run(
-        [objdump, "-res-usage", MODULE.__file__], capture_output=True, text=True, check=True
-    )
-    usage = re.findall(
-        r"Function (\S*dense_crf_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
-        done.stdout,
-    )
-    architectures = set(re.findall(r"sm_\d+", MODULE.build_info()["architectures"]))
-    assert len(usage) >= 15 * len(architectures)
-    for name, registers, stack, local in usage:
-        assert int(stack) == 0 and int(local) == 0, f"{name} has a stack: it spills"
-        assert int(registers) <= 128, name
+    assert_no_spills("dense_crf_kernel", kernels=15, registers=128)
 
 
 def run(prob, image, **options):
@@ -54,12 +32,11 @@ def run(prob, image, **options):
 
 
 @on_gpu
+@needs_cpu
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("make", (scene, noise, constant))
 @pytest.mark.parametrize("size", (*SIZES, (270, 480)), ids=str)
 def test_like_the_cpu_kernel(make, size, preset):
-    if isinstance(backends.compiled_module("_cpu"), str):
-        pytest.skip("no CPU module")
     prob, image = make(3, *size)
     assert_like_the_cpu_kernel(
         prob, image, PRESETS[preset], compute=lambda p, i, numbers: run(p, i, **numbers)
@@ -67,10 +44,9 @@ def test_like_the_cpu_kernel(make, size, preset):
 
 
 @on_gpu
+@needs_cpu
 @pytest.mark.parametrize("classes", (2, 3, 21))
 def test_classes_like_the_phases_on_the_cpu(classes):
-    if isinstance(backends.compiled_module("_cpu"), str):
-        pytest.skip("no CPU module")
     prob, image = scene(2, 45, 67, classes=classes)
     error = (run(prob, image) - on_host(prob, image)).abs()
     assert error.mean() <= 1e-6 and error.max() <= 1e-3

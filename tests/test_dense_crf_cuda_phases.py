@@ -2,53 +2,33 @@
 launch and CUB's sort and scan."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from checks import nan_filled_memory
-from test_dense_crf import DSS, NUMBERS, assert_like_pydensecrf, noise, pydensecrf, scene
+from checks import needs_cpu, picker, run_tests_again
+from checks_dense_crf import (
+    DSS,
+    NUMBERS,
+    OTHER_NUMBERS,
+    SIZES,
+    assert_like_pydensecrf,
+    assert_like_the_cpu_kernel,
+    constant,
+    noise,
+    on_host,
+    pydensecrf,
+    scene,
+)
 
-from vsod_ops import backends, dense_crf
+from vsod_ops import dense_crf
 from vsod_ops.dense_crf import PRESETS, reference
 
-MODULE = backends.compiled_module("_cpu")
-pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CPU module: {MODULE}")
-
-SIZES = ((97, 61), (64, 64), (1, 50), (37, 1), (7, 9), (1, 1))
+pytestmark = needs_cpu
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def constant(batch, height, width):
-    prob, image = scene(batch, height, width)
-    return prob, torch.full_like(image, 77)
-
-
-def on_host(prob, image, numbers=DSS, *, images_at_once=0, reverse=False):
-    iterations, *widths = (numbers[name] for name in DSS)
-    with nan_filled_memory():
-        return torch.ops.vsod_ops.dense_crf_cuda_on_host(
-            prob, image, iterations, *map(float, widths), images_at_once, reverse
-        )
-
-
-def assert_like_the_cpu_kernel(prob, image, numbers=DSS, *, compute=on_host):
-    """To rounding.  Where features are rounded differently (multiply-adds) by 1e-5 of a weight, the
-    iterations amplify that in pixels between two classes, also between levels of the CPU kernel;
-    its portable level rounds like the host's run of the phases."""
-    expected = dense_crf(prob, image, **numbers, backend="cpu")
-    error = (compute(prob, image, numbers) - expected).abs()
-    assert error.mean() <= 1e-6
-    if os.environ.get("VSOD_OPS_SIMD") == "portable" and compute is on_host:
-        assert error.max() <= 5e-5
-    else:
-        assert error.max() <= 2e-3
-        assert (error > 1e-5).sum() <= max(1, 2e-3 * error.numel())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -80,15 +60,7 @@ def test_without_a_kernel(absent, classes):
 
 def test_other_numbers_like_the_cpu_kernel():
     prob, image = scene(1, 50, 70)
-    numbers = {
-        "iterations": 3,
-        "gaussian_sxy": 1.5,
-        "gaussian_weight": 2.0,
-        "bilateral_sxy": 17,
-        "bilateral_srgb": 1,
-        "bilateral_weight": 6.5,
-    }
-    assert_like_the_cpu_kernel(prob, image, numbers)
+    assert_like_the_cpu_kernel(prob, image, OTHER_NUMBERS)
 
 
 @pytest.mark.parametrize("value", (0.0, 1.0))
@@ -154,11 +126,7 @@ def test_widths_that_the_lattice_cannot_hold():
 
 
 def test_random_cases(sweep_index):
-    generator = torch.Generator().manual_seed(3000 + sweep_index)
-
-    def pick(options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
-
+    pick = picker(3000 + sweep_index)
     size = pick((1, 2, 3)), pick((1, 2, 13, 32, 61)), pick((1, 3, 16, 31, 75))
     classes = pick((0, 0, 2, 3, 7))
     prob, image = scene(*size, classes=classes, seed=sweep_index)
@@ -184,10 +152,4 @@ def test_like_the_portable_level(request):
     if os.environ.get("VSOD_OPS_SIMD"):
         pytest.skip("a level is forced already")
     sweep = f"--sweep={request.config.getoption('--sweep')}"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, sweep, "-k", "cpu_kernel or random"],
-        env=os.environ | {"VSOD_OPS_SIMD": "portable"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+    run_tests_again(__file__, sweep, "-k", "cpu_kernel or random", VSOD_OPS_SIMD="portable")

@@ -4,24 +4,15 @@ import math
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import attention_inputs, eager_attention
+from checks import BACKENDS, DTYPES, assert_two_threads_agree
+from checks_attention import attention_inputs, eager_attention
 
 from vsod_ops import shunted_attention
-from vsod_ops.backends import compiled_module
 
-HAS_CPU = not isinstance(compiled_module("_cpu"), str)
-BACKENDS = [
-    "reference",
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="the CPU module is not built")
-    ),
-]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OP = torch.ops.vsod_ops.shunted_attention.default
 
 
@@ -366,20 +357,7 @@ def test_two_threads_at_once():
     inputs = [
         attention_inputs(1, (1, 1), 200, (300, 50), 32, torch.float32, seed=s) for s in (1, 2)
     ]
-    expected = [shunted_attention(*x) for x in inputs]
-    failures = []
-
-    def work(i):
-        for _ in range(20):
-            if not torch.equal(shunted_attention(*inputs[i]), expected[i]):
-                failures.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failures
+    assert_two_threads_agree(lambda case: shunted_attention(*case), inputs)
 
 
 def test_import_is_light():

@@ -6,15 +6,12 @@ import sys
 
 import pytest
 import torch
-from checks import attention_inputs, attention_sweep_case, check_attention, nan_filled_memory
+from checks import DTYPES, nan_filled_memory, needs_cpu, run_tests_at_level
+from checks_attention import attention_inputs, attention_sweep_case, check_attention
 
 from vsod_ops import shunted_attention
-from vsod_ops.backends import compiled_module
 
-MODULE = compiled_module("_cpu")
-pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"no CPU module: {MODULE}")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+pytestmark = needs_cpu
 
 # Around the tile sizes of every level: 14 or 6 rows, 16, 32 columns, 224 and 256 keys.
 SHAPES = [
@@ -90,19 +87,7 @@ def test_memory_beyond_the_outputs_does_not_grow_with_the_scores():
 
 @pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
 def test_other_levels(level):
-    """The same tests with a lower SIMD level, which is chosen once a process."""
-    if os.environ.get("VSOD_OPS_SIMD"):
-        pytest.skip("a level is forced already")
-    levels = ["portable", "avx2", "avx512", "avx512bf16"]
-    if levels.index(level) >= levels.index(MODULE.build_info()["level"]):
-        pytest.skip(f"this CPU's level is {MODULE.build_info()['level']}")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--sweep=6", __file__],
-        env=os.environ | {"VSOD_OPS_SIMD": level},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+    run_tests_at_level(level, __file__, "--sweep=6")
 
 
 def test_unknown_level_is_refused():

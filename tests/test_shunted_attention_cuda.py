@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from checks import attention_inputs, attention_sweep_case, check_attention, nan_filled_memory
+from checks import GPU_DTYPES, nan_filled_memory, needs_gpu
+from checks_attention import attention_inputs, attention_sweep_case, check_attention
 
 from vsod_ops import ShuntedAttention, shunted_attention
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = needs_gpu
 SHAPES = [
     dict(batch=1, group_heads=(2, 2), queries=3920, lengths=(3920, 588), head_dim=128),
     dict(batch=2, group_heads=(4, 4), queries=980, lengths=(980, 147), head_dim=64),
@@ -26,7 +23,7 @@ def tf32():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s['queries']}x{s['head_dim']}")
 @pytest.mark.parametrize("layout", ("contiguous", "permuted"))
 def test_error_rule(shape, dtype, layout, tf32):
@@ -42,11 +39,11 @@ def test_tf32_when_torch_allows_it(tf32):
 
 
 def test_sweep(sweep_index):
-    case = attention_sweep_case(sweep_index, DTYPES)
+    case = attention_sweep_case(sweep_index, GPU_DTYPES)
     check_attention(None, *attention_inputs(**case, device="cuda"))
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
+@pytest.mark.parametrize("dtype", (*GPU_DTYPES, torch.float64))
 def test_opcheck(dtype):
     q, keys, values = attention_inputs(
         2, (1, 2), 17, (17, 5), 16, dtype, device="cuda", layout="permuted", requires_grad=True
