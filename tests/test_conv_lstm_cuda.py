@@ -247,5 +247,5 @@ def test_many_channels_go_elsewhere():
     x = torch.randn(1, 2, 4, 8, 8, device="cuda")
     weights = (torch.randn(256, 4, 3, 3, device="cuda"), torch.randn(256, 64, 3, 3, device="cuda"))
     conv_lstm(x, None, *weights)
-    with pytest.raises(ValueError, match="at most 32; x has 4, the state 64"):
+    with pytest.raises(ValueError, match="takes at most 32 hidden channels, not 64"):
         conv_lstm(x, None, *weights, backend="cuda")
