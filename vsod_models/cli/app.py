@@ -15,8 +15,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from .errors import InputError
-from .files import whole_file, whole_folder
+from ..errors import InputError
+from ..files import whole_file, whole_folder
 
 app = typer.Typer(
     name="vsod",
@@ -50,8 +50,8 @@ def data_check(
     jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Count, decode and validate a dataset; every problem with its file.  Exit code 1 if any."""
-    from .data.check import check
-    from .data.readers import find_dataset
+    from ..data.check import check
+    from ..data.readers import find_dataset
 
     failed = False
     for part in split or find_dataset(name).splits:
@@ -78,8 +78,8 @@ def data_prepare(
     partial: Annotated[bool, typer.Option(help="Accept counts that are not official.")] = False,
 ) -> None:
     """Convert a dataset to the layout of DAVIS-2016, which `folder` reads."""
-    from .data.check import count
-    from .data.prepare import prepare
+    from ..data.check import count
+    from ..data.prepare import prepare
 
     read = prepare(name, source, target, split, partial=partial, track=_progress("writing"))
     for part, records in read.items():
@@ -98,8 +98,8 @@ def data_synthetic(
     photos: Annotated[bool, typer.Option(help="Also use scikit-image's pictures.")] = True,
 ) -> None:
     """Write synthetic clips with their masks in the layout of DAVIS-2016, to try things with."""
-    from .data import open_dataset
-    from .data.prepare import write
+    from ..data import open_dataset
+    from ..data.prepare import write
 
     read = {}
     for part, count in (("train", clips), ("val", val_clips)):
@@ -135,8 +135,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model as a recipe says; the run folder is its key `out`."""
-    from .training.recipe import read_config
-    from .training.run import train
+    from ..training.recipe import read_config
+    from ..training.run import train
 
     folder = train(read_config(config, overrides or []), resume=resume)
     print(f"vsod train: the model is in {folder}")
@@ -170,8 +170,8 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from . import evaluation
-    from .data import open_dataset
+    from .. import evaluation
+    from ..data import open_dataset
 
     evaluation.get_protocol(protocol)
     if curves is not None and curves.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -254,9 +254,9 @@ def prior_train(
     """Train the region network of the motion prior."""
     import torch
 
-    from .data import open_dataset
-    from .prior.fit import train_prior
-    from .prior.regions import MotionPrior
+    from ..data import open_dataset
+    from ..prior.fit import train_prior
+    from ..prior.regions import MotionPrior
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder")
@@ -291,9 +291,9 @@ def prior_make(
     cache: Annotated[Path | None, typer.Option(help="Instead of the user's cache folder.")] = None,
 ) -> None:
     """Make the motion priors of a dataset ahead of training; sequences that have all are kept."""
-    from .data import open_dataset
-    from .prior.cache import default_cache, make_priors
-    from .prior.load import load_prior
+    from ..data import open_dataset
+    from ..prior.cache import default_cache, make_priors
+    from ..prior.load import load_prior
 
     records, source = open_dataset(dataset, root, split), load_prior(prior)
     with progress("Motion priors", len(records)) as step:
@@ -343,9 +343,9 @@ def label_coarse(
     ] = False,
 ) -> None:
     """Make coarse labels from saliency maps."""
-    from .data import open_dataset
-    from .labels.coarse import fit_weights, make_labels
-    from .labels.maps import BUILT_IN, check_sources
+    from ..data import open_dataset
+    from ..labels.coarse import fit_weights, make_labels
+    from ..labels.maps import BUILT_IN, check_sources
 
     sources = maps or list(BUILT_IN)
     check_sources(sources)
@@ -439,15 +439,15 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
-    from . import prediction, zoo
-    from .media.reading import open_source
-    from .media.views import check_view
-    from .media.writing import check_output
+    from .. import prediction, zoo
+    from ..media.reading import open_source
+    from ..media.views import check_view
+    from ..media.writing import check_output
 
     if (dataset is None) == (not inputs):
         raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")
     if dataset is not None:
-        from .data import open_dataset
+        from ..data import open_dataset
 
         records = open_dataset(dataset, data, split)
         if Path(output).suffix:
@@ -463,8 +463,8 @@ def predict(
         raise InputError(f"--prior {prior}: model {model} takes no motion prior")
     make_prior, with_prior = None, ""
     if loaded.needs_prior:
-        from .prior.flow import frame_prior
-        from .prior.load import load_prior, prior_of
+        from ..prior.flow import frame_prior
+        from ..prior.load import load_prior, prior_of
 
         name = prior or prior_of(model)
         make_prior, with_prior = functools.partial(frame_prior, load_prior(name)), f", prior {name}"
@@ -502,7 +502,3 @@ def predict(
         print(f"stopped: {output} has the {written.frames} frames before that", file=sys.stderr)
         raise typer.Exit(130)
     print(f"{output}: {written.frames} frames, {view}")
-
-
-if __name__ == "__main__":
-    main()
