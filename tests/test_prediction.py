@@ -25,13 +25,12 @@ from checks import exact_float32  # noqa: E402
 from clips import decode, make_video, picture, sound_packets  # noqa: E402
 
 from vsod_models import cli, zoo  # noqa: E402
+from vsod_models.cli.predict import parse_colour, parse_size  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.media.views import VIEWS  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
     VideoPredictor,
-    parse_colour,
-    parse_size,
     predict_file,
 )
 

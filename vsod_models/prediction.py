@@ -1,13 +1,11 @@
-"""Saliency of videos of any length, frame by frame, from file to file too."""
+"""Saliency of videos of any length, frame by frame, and from file to file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -457,52 +455,6 @@ def predict_dataset(
         else:
             done += len(frames)
     return written
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "640x360" -> (360, 640), height first."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise InputError(f"--size must be WIDTHxHEIGHT such as 640x360, got {text}")
-    return int(match[2]), int(match[1])
-
-
-def parse_colour(text: str) -> tuple[int, int, int]:
-    """ "#00ff00" or "green" -> (0, 255, 0) or (0, 128, 0)."""
-    from PIL import ImageColor
-
-    try:
-        return ImageColor.getrgb(text)[:3]
-    except ValueError:
-        raise InputError(f"--background must be a colour such as #00ff00, got {text}") from None
-
-
-@contextlib.contextmanager
-def progress_bar(frames: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar with frames/s and the time left, on a terminal; gives what `predict_file` calls."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    speed = TextColumn("{task.fields[speed]:.1f} frames/s")
-    console = Console(stderr=True)
-    bar = Progress(
-        BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("frames", total=frames, speed=0.0)
-        began = time.monotonic()
-
-        def progress(done: int) -> None:
-            bar.update(task, completed=done, speed=done / max(time.monotonic() - began, 1e-9))
-
-        yield progress
 
 
 @contextlib.contextmanager

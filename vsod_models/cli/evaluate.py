@@ -1,0 +1,92 @@
+"""`vsod eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from ..files import whole_file
+
+
+def evaluate(
+    pred: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of <sequence>/<frame>.png, or NAME=FOLDER; several are compared."
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder of the dataset.")],
+    dataset: Annotated[str, typer.Option(help="Its name, as `vsod data` takes it.")],
+    split: Annotated[str, typer.Option(help="Its split.")] = "val",
+    protocol: Annotated[str, typer.Option(help="davsod or frame.")] = "davsod",
+    json: Annotated[Path | None, typer.Option(help="Write the numbers here.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="And here.")] = None,
+    curves: Annotated[
+        Path | None, typer.Option(help="Draw the PR and F curves: .png, .svg or .pdf.")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave out frames without a prediction.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one for each core where not said.")
+    ] = None,
+) -> None:
+    """MAE, F, S, E and weighted F of saliency maps, under a named protocol."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .. import evaluation
+    from ..data import open_dataset
+
+    evaluation.get_protocol(protocol)
+    if curves is not None and curves.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--curves {curves}: has to end in .png, .svg or .pdf")
+    folders = named_folders(pred)
+    records = open_dataset(dataset, data, split)
+    with contextlib.ExitStack() as outputs:
+        # Opened first: what cannot be written is known before the work, not after it.
+        writers = [
+            (write, outputs.enter_context(whole_file(path)))
+            for write, path in (
+                (evaluation.write_json, json),
+                (evaluation.write_csv, csv),
+                (evaluation.draw_curves, curves),
+            )
+            if path is not None
+        ]
+        evaluations = {}
+        terminal = Console(stderr=True)
+        with Progress(
+            console=terminal, transient=True, disable=not terminal.is_terminal
+        ) as progress:
+            for name, folder in folders.items():
+                task = progress.add_task(name, total=None)
+                evaluations[name] = evaluation.evaluate_folder(
+                    folder,
+                    records,
+                    protocol,
+                    workers=evaluation.available_cores() if workers is None else workers,
+                    allow_missing=allow_missing,
+                    advance=functools.partial(progress.update, task),
+                )
+        evaluation.show(evaluations, Console())
+        for write, path in writers:
+            write(path, evaluations)
+
+
+def named_folders(arguments: list[str]) -> dict[str, Path]:
+    """FOLDER, by the name of the folder, or NAME=FOLDER."""
+    folders: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not equals or Path(argument).is_dir():
+            name, folder = Path(argument).resolve().name, argument
+        if not name or name in folders:
+            raise InputError(f"--pred {argument}: give it a name of its own, as in NAME={folder}")
+        folders[name] = Path(folder)
+    return folders

@@ -1,0 +1,89 @@
+"""`vsod label`: labels where nobody drew any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .progress import progress
+
+
+def coarse(
+    dataset: Annotated[str, typer.Argument(help="Such as davis16, or synthetic.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for labels and manifest.")],
+    root: Annotated[Path | None, typer.Argument(help="Its folder; synthetic has none.")] = None,
+    split: str = "train",
+    sequences: Annotated[
+        str | None, typer.Option(help="Label only these, separated by commas.")
+    ] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Label only frames without ground truth.")
+    ] = False,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder with <sequence>/<frame>.png, or spectral-residual, minimum-barrier, "
+            "flow-contrast; give one --maps for each (default: these three)."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One for each --maps, separated by commas.")
+    ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="Fit the weights on ground truth; with --sequences, of the others."
+        ),
+    ] = False,
+    erase: Annotated[
+        Path | None, typer.Option(help="JSON list of regions that a person found wrong.")
+    ] = None,
+    auto_erase: Annotated[
+        bool, typer.Option("--auto-erase", help="Erase regions that too few of the maps find.")
+    ] = False,
+    agree: Annotated[
+        int | None, typer.Option(help="Maps that have to (default: more than half).")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Skip frames without one of their maps.")
+    ] = False,
+) -> None:
+    """Make coarse labels from saliency maps."""
+    from ..data import open_dataset
+    from ..labels.coarse import fit_weights, make_labels
+    from ..labels.maps import BUILT_IN, check_sources
+
+    sources = maps or list(BUILT_IN)
+    check_sources(sources)
+    given = None
+    if weights is not None:
+        try:
+            given = [float(w) for w in weights.split(",")]
+        except ValueError:
+            raise InputError(f"--weights {weights!r} is not numbers with commas") from None
+    if fit and given is not None:
+        raise InputError("--fit and --weights exclude one another")
+    records = open_dataset(dataset, root, split)
+    wanted = records
+    if sequences is not None:
+        wanted = records.of_sequences(sequences.split(","))
+    if fit:
+        rest = [name for name in records.sequences if name not in wanted.sequences]
+        with progress("Fitting the weights", 200) as step:
+            given = fit_weights(
+                records.of_sequences(rest) if rest else records, sources, 200,
+                allow_missing=allow_missing, on_frame=step,
+            )  # fmt: skip
+    with progress("Coarse labels", len(wanted)) as step:
+        manifest = make_labels(
+            wanted, out, sources, given, unlabelled=unlabelled, erase_list=erase,
+            auto_erase=auto_erase, agree=agree, allow_missing=allow_missing, on_frame=step,
+        )  # fmt: skip
+    parts = [f"{w:.2f} {s}" for w, s in zip(manifest["weights"], sources, strict=True)]
+    print(
+        f"{out}: {len(manifest['frames'])} labels ({', '.join(parts)}), "
+        f"{len(manifest['skipped'])} frames skipped"
+    )

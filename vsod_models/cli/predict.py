@@ -1,0 +1,136 @@
+"""`vsod predict`."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .progress import frames_progress
+
+
+def predict(
+    output: Annotated[
+        str, typer.Option("--output", "-o", help=".mp4 .mov .webm .gif .png or a folder for PNG.")
+    ],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="A video, a folder of frames, a picture or a glob.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Instead of an input: a dataset, for `vsod eval`.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
+    model: Annotated[
+        str, typer.Option(help="A shipped model, a folder of save_pretrained or a checkpoint.")
+    ] = "mssa-tiny",
+    view: Annotated[
+        str, typer.Option("--as", help="mask, overlay, matte, cutout, side-by-side.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    size: Annotated[str, typer.Option(help="What the model sees, WIDTHxHEIGHT.")] = "",
+    overlap: Annotated[
+        int | None, typer.Option(help="Frames that neighbouring windows share.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows that run at once.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    crf: Annotated[
+        str | None, typer.Option(help="Refine masks with a dense CRF: preset dss or deeplab.")
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            help="Of MSST: flow-magnitude, or a folder of `prior train`; default: as trained."
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Frames a second, for pictures.")] = 25.0,
+    background: Annotated[str, typer.Option(help="Colour behind a cutout.")] = "#ffffff",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
+    from .. import prediction, zoo
+    from ..media.reading import open_source
+    from ..media.views import check_view
+    from ..media.writing import check_output
+
+    if (dataset is None) == (not inputs):
+        raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")
+    if dataset is not None:
+        from ..data import open_dataset
+
+        records = open_dataset(dataset, data, split)
+        if Path(output).suffix:
+            raise InputError(f"{output}: the masks of a dataset go into a folder")
+        view = check_view(view or "mask", output)
+    else:
+        source = open_source(inputs or [], rate)
+        view = check_view(view, output)
+        check_output(Path(output), source, overwrite)  # before the model is loaded
+    colour = parse_colour(background)
+    loaded = zoo.load_model(model)
+    if prior is not None and not loaded.needs_prior:
+        raise InputError(f"--prior {prior}: model {model} takes no motion prior")
+    make_prior, with_prior = None, ""
+    if loaded.needs_prior:
+        from ..prior.flow import frame_prior
+        from ..prior.load import load_prior, prior_of
+
+        name = prior or prior_of(model)
+        make_prior, with_prior = functools.partial(frame_prior, load_prior(name)), f", prior {name}"
+    predictor = prediction.VideoPredictor(
+        loaded,
+        device,
+        parse_size(size) if size else None,
+        overlap=overlap,
+        batch=batch,
+        precision=precision,
+        crf=crf,
+        prior=make_prior,
+        name=Path(model).name,
+    )
+    print(predictor.describe() + with_prior, flush=True)
+    if dataset is not None:
+        with frames_progress(len(records)) as progress:
+            frames = prediction.predict_dataset(
+                predictor, records, output, view=view, overwrite=overwrite, progress=progress
+            )
+        print(f"{output}: {frames} frames of {len(records.sequences)} sequences, {view}")
+        return
+    try:
+        with frames_progress(source.frames) as progress:
+            written = prediction.predict_file(
+                predictor, source, output, view=view, background=colour, overwrite=overwrite,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped before the first frame: nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for note in written.notes:
+        print(f"note: {note}")
+    if written.stopped:
+        print(f"stopped: {output} has the {written.frames} frames before that", file=sys.stderr)
+        raise typer.Exit(130)
+    print(f"{output}: {written.frames} frames, {view}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "640x360" -> (360, 640), height first."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise InputError(f"--size must be WIDTHxHEIGHT such as 640x360, got {text}")
+    return int(match[2]), int(match[1])
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """ "#00ff00" or "green" -> (0, 255, 0) or (0, 128, 0)."""
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise InputError(f"--background must be a colour such as #00ff00, got {text}") from None

@@ -1,0 +1,26 @@
+"""`vsod train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="Recipe, such as recipes/mssa-pretrain.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as batch_size=2 seed=1."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+) -> None:
+    """Train a model as a recipe says; the run folder is its key `out`."""
+    from ..training.recipe import read_config
+    from ..training.run import train
+
+    folder = train(read_config(config, overrides or []), resume=resume)
+    print(f"vsod train: the model is in {folder}")
