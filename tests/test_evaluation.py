@@ -25,10 +25,10 @@ from vsod_models.evaluation import (  # noqa: E402
     PROTOCOLS,
     SaliencyEvaluator,
     evaluate_folder,
-    read_prediction,
     score_frame,
-    weighted_f_measure,
 )
+from vsod_models.evaluation.evaluator import read_prediction  # noqa: E402
+from vsod_models.evaluation.measures import weighted_f_measure  # noqa: E402
 
 SIZE = (24, 31)
 

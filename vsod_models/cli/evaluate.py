@@ -40,10 +40,12 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from .. import evaluation
     from ..data import open_dataset
+    from ..evaluation.evaluator import available_cores, evaluate_folder
+    from ..evaluation.protocols import get_protocol
+    from ..evaluation.report import draw_curves, show, write_csv, write_json
 
-    evaluation.get_protocol(protocol)
+    get_protocol(protocol)
     if curves is not None and curves.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"--curves {curves}: has to end in .png, .svg or .pdf")
     folders = named_folders(pred)
@@ -53,9 +55,9 @@ def evaluate(
         writers = [
             (write, outputs.enter_context(whole_file(path)))
             for write, path in (
-                (evaluation.write_json, json),
-                (evaluation.write_csv, csv),
-                (evaluation.draw_curves, curves),
+                (write_json, json),
+                (write_csv, csv),
+                (draw_curves, curves),
             )
             if path is not None
         ]
@@ -66,15 +68,15 @@ def evaluate(
         ) as progress:
             for name, folder in folders.items():
                 task = progress.add_task(name, total=None)
-                evaluations[name] = evaluation.evaluate_folder(
+                evaluations[name] = evaluate_folder(
                     folder,
                     records,
                     protocol,
-                    workers=evaluation.available_cores() if workers is None else workers,
+                    workers=available_cores() if workers is None else workers,
                     allow_missing=allow_missing,
                     advance=functools.partial(progress.update, task),
                 )
-        evaluation.show(evaluations, Console())
+        show(evaluations, Console())
         for write, path in writers:
             write(path, evaluations)
 
