@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from vsod_models.cli import app, main
 from vsod_models.errors import InputError
 from vsod_models.files import whole_file, whole_folder
-from vsod_models.training.recipe import Config, Shape, read_config
+from vsod_models.training.recipe import RECIPES, Config, Shape, find_recipe, read_config
 from vsod_models.training.run import make_model, train
 from vsod_models.training.samples import SampleNumbers, make_dataset
 from vsod_models.zoo import load_model
@@ -183,7 +183,7 @@ def test_a_step_of_msst_is_the_papers_loss(tmp_path):
     torch.manual_seed(7)
     before = MSST("st", **small)
     before.save_pretrained(tmp_path)
-    config = read_config(ROOT / "recipes" / "msst-full.yaml", [
+    config = read_config("msst-full", [
         "out=x", "backbone_weights=null", f"initial={tmp_path}", "loss.beta=0.3",
         *(f"model.{key}={value}" for key, value in small.items()),
     ])  # fmt: skip
@@ -234,7 +234,7 @@ def test_the_three_stages_of_msst(tmp_path):
         changes = [*small, f"out={tmp_path}/{stage}"]
         changes += [f"data.prior={tmp_path}/regions"] if stage == "full" else []
         changes.append(f"initial={tmp_path}/{before}/model" if before else "initial=null")
-        train(read_config(ROOT / "recipes" / f"msst-{stage}.yaml", changes))
+        train(read_config(f"msst-{stage}", changes))
     full, os_stage = weights(tmp_path / "full"), weights(tmp_path / "os")
     assert any(name.startswith("lstm.") for name in full)
     assert set(os_stage) < set(full)
@@ -306,16 +306,27 @@ def test_the_average_of_the_weights_is_what_is_saved(recipe, tmp_path):
         train(read_config(recipe, again))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda f: f.stem)
 def test_recipes_are_complete(file):
     config = read_config(file)
     assert config.out.startswith("runs/") and config.data.train and config.iterations > 0
 
 
+def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mssa-tiny", "mssa-tiny.yaml", "recipes/mssa-tiny.yaml"):
+        assert find_recipe(name) == RECIPES / "mssa-tiny.yaml"
+    Path("mssa-tiny").write_text("out: here")  # a file of one's own comes first
+    assert read_config("mssa-tiny").out == "here"
+    for name in ("mssa", "elsewhere/mssa-tiny.yaml", "mssa-tiny.yml"):
+        with pytest.raises(InputError, match=f"{name}: no such recipe; .*mssa-tiny"):
+            find_recipe(name)
+
+
 def test_baseline_recipes_differ_in_the_reductions_alone():
     for stage in ("pretrain", "finetune"):
-        mssa = read_config(ROOT / "recipes" / f"mssa-{stage}.yaml")
-        baseline = read_config(ROOT / "recipes" / f"baseline-{stage}.yaml")
+        mssa = read_config(f"mssa-{stage}")
+        baseline = read_config(f"baseline-{stage}")
         assert mssa.model.pop("reductions") == [1, 2]
         assert baseline.model.pop("reductions") == [1]
         baseline.out, baseline.initial = mssa.out, mssa.initial

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="Recipe, such as recipes/mssa-pretrain.yaml.")],
+    config: Annotated[
+        str, typer.Option(help="Recipe: a file, or a name of the package, such as mssa-pretrain.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as batch_size=2 seed=1."),

@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ..data.transforms import Augmentation
 from ..errors import InputError
 
+RECIPES = Path(__file__).parent.parent / "recipes"
+
 
 @dataclass
 class Source:
@@ -79,7 +81,7 @@ class OptimizerConfig:
 
 @dataclass
 class Config:
-    """Everything that decides a run; `recipes/*.yaml` fill it in."""
+    """Everything that decides a run; recipes fill it in."""
 
     out: str = "???"
     model: dict[str, Any] = field(default_factory=lambda: {"name": "mssa"})
@@ -102,16 +104,42 @@ class Config:
     validate_every: int = 5_000  # iterations; 0: never
 
 
-def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
+def find_recipe(name: str | Path) -> Path:
+    """The file of that name or, if there is none, the recipe of that name in the package.
+
+    Args:
+        name: "my.yaml" or any other path; "mssa-finetune", of the package; "recipes/" before and
+            ".yaml" after that may stay.
+
+    Raises:
+        InputError: neither is there; lists the names of the package.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in RECIPES.glob("*.yaml")}
+    if (
+        path.parent.name in ("", "recipes")
+        and path.suffix in ("", ".yaml")
+        and path.stem in shipped
+    ):
+        return shipped[path.stem]
+    raise InputError(f"{name}: no such recipe; the package has {', '.join(sorted(shipped))}")
+
+
+def read_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A recipe with `key=value` (dotted, YAML values) laid over it.
 
     A recipe may name another one beside it, `base: other.yaml`, which it then changes.
+
+    Args:
+        recipe: a file, or a name of the package; see `find_recipe`.
 
     Raises:
         InputError: unknown key, wrong type or missing value; names the file or the override.
     """
     config = OmegaConf.structured(Config)
-    for source, layer in _recipe_layers(Path(file)):
+    for source, layer in _recipe_layers(find_recipe(recipe)):
         try:
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
@@ -128,7 +156,7 @@ def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise InputError(f"{file}: {_first_line(error)}") from None
+        raise InputError(f"{recipe}: {_first_line(error)}") from None
 
 
 def _recipe_layers(file: Path) -> list[tuple[str, Any]]:

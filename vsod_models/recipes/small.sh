@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # The tables of docs/reproduction.md: both systems in small, on a CPU.
 #
-#   VSOD_DATA=DIR BACKBONE=mobilenet_v2.safetensors bash recipes/small.sh OUT [mssa] [msst] [coarse]
+#   VSOD_DATA=DIR BACKBONE=mobilenet_v2.safetensors bash vsod_models/recipes/small.sh OUT [mssa] [msst] [coarse]
 #
 # VSOD_DATA holds davis16-270p (DAVIS-2016 in its official layout, at any size) and duts-tr-499 (any
 # images/ and masks/); BACKBONE is MobileNetV2 with torchvision's key names.  What is there already
 # is kept, so a run that was stopped goes on.  Hours on two cores; SEEDS="0" halves that.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 out=$1
 davis=$VSOD_DATA/davis16-270p
 stills=$VSOD_DATA/duts-tr-499
@@ -16,7 +15,7 @@ seeds=${SEEDS:-0 1}
 mkdir -p "$out" "$results"
 
 train() { # name recipe key=value ...
-  [ -d "$out/$1/model" ] || vsod train --config "recipes/$2.yaml" --resume "out=$out/$1" "${@:3}"
+  [ -d "$out/$1/model" ] || vsod train --config "$2" --resume "out=$out/$1" "${@:3}"
 }
 score() { # name of the numbers, name of the run, options of vsod predict
   [ -f "$results/$1.json" ] && return
