@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and names that stay inside a folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     import numpy as np
+
+
+def is_plain(name: str) -> bool:
+    """Whether this is the name of something in a folder, and so leads nowhere else."""
+    return name not in ("", ".", "..") and not any(c in "/\\\0\n\r" for c in name)
+
+
+def inside(folder: str | os.PathLike[str], *names: str) -> Path:
+    """`folder/name/...`, where every name is plain; InputError for one that leads outside."""
+    path = Path(folder)
+    for name in names:
+        if not is_plain(name):
+            raise InputError(f"{path}: {name!r} is not the name of a file or folder in it")
+        path /= name
+    return path
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from vsod_ops.dense_crf import PRESETS
 
 from .data.records import Record, Records
 from .errors import InputError
+from .files import inside
 from .media.reading import Frame, PathLike, Source, ahead, open_source
 from .media.views import VIEWS, check_view
 from .media.writing import open_writer
@@ -442,7 +443,7 @@ def predict_dataset(
             raise InputError(f"{output}: {sequence} in it is a folder of the dataset itself")
     done = written = 0
     for sequence, frames in records.sequences.items():
-        folder = Path(output) / sequence
+        folder = inside(output, sequence)
         source = Recorded(frames)
         if overwrite or not folder.is_dir():
             with open_writer(folder, source, overwrite=overwrite) as writer:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from ..errors import InputError
-from ..files import whole_folder
+from ..files import inside, whole_folder
 from .check import compare, whole_image
 from .readers import find_dataset
 from .readers.folders import fail
@@ -76,14 +76,15 @@ def write(read: dict[str, Records], target: Path, track: Track | None = None) ->
         for record in track(frames, len(frames)) if track else frames:
             write_frame(record, folder)
         for split, records in read.items():
-            path = folder / "ImageSets" / "480p" / f"{split}.txt"
+            path = inside(folder / "ImageSets" / "480p", f"{split}.txt")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{line}\n" for line in list_lines(records)), encoding="utf-8")
 
 
 def list_lines(records: Records) -> list[str]:
-    """The official form where each frame has a mask, else the sequences."""
-    if any(record.mask is None for record in records):
+    """The official form where each frame has a mask and no name a space, else the sequences."""
+    spaces = any(len(f"{r.sequence}/{r.name}".split()) > 1 for r in records)
+    if spaces or any(record.mask is None for record in records):
         return list(records.sequences)
     return [
         f"/JPEGImages/480p/{r.sequence}/{r.name}.jpg /Annotations/480p/{r.sequence}/{r.name}.png"
@@ -92,7 +93,7 @@ def list_lines(records: Records) -> list[str]:
 
 
 def write_frame(record: Record, folder: Path) -> None:
-    image = folder / "JPEGImages" / "480p" / record.sequence / f"{record.name}.jpg"
+    image = inside(folder / "JPEGImages" / "480p", record.sequence, f"{record.name}.jpg")
     image.parent.mkdir(parents=True, exist_ok=True)
     # Decoded where it is only copied, too: a broken file stops here.
     picture = whole_image(record)
@@ -108,7 +109,7 @@ def write_frame(record: Record, folder: Path) -> None:
             f"{record.mask}: the mask is {mask.shape[1]}x{mask.shape[0]}, its frame "
             f"{picture.shape[1]}x{picture.shape[0]}"
         )
-    path = folder / "Annotations" / "480p" / record.sequence / f"{record.name}.png"
+    path = inside(folder / "Annotations" / "480p", record.sequence, f"{record.name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     encode(path, mask * np.uint8(255), [])
 

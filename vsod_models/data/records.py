@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from ..errors import InputError
+from ..files import is_plain
 
 Picture = Callable[[], np.ndarray]  # makes the array when called (synthetic clips)
 
@@ -29,6 +30,14 @@ class Record:
     foreground: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False)
     label: Literal["fine", "coarse"] = "fine"
     prior: Path | None = None  # motion prior, a grey picture (MSST)
+
+    def __post_init__(self) -> None:
+        # Files are written under these names: none may lead out of its folder.
+        if not is_plain(self.sequence) or not is_plain(self.name):
+            raise InputError(
+                f"{self.image}: {self.sequence!r} and {self.name!r} have to be the plain names of "
+                "a sequence and a frame"
+            )
 
     def read_image(self) -> np.ndarray:
         """(H, W, 3) uint8, RGB."""

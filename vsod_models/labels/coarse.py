@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 
 from ..data.records import Record, Records
 from ..errors import InputError
-from ..files import whole_folder, write_png
+from ..files import inside, whole_folder, write_png
 from .erasing import erase, erase_disputed, read_erase_list
 from .maps import BUILT_IN, SKIP, MissingMap, binary_label, check_sources, maps_of
 
@@ -171,7 +171,8 @@ def make_labels(
             if auto_erase:
                 erased += erase_disputed(label, maps, agree)
             if label.any():
-                write_png(part / f"{name}.png", 255 * label.astype(np.uint8))
+                file = inside(part, frames[i].sequence, f"{frames[i].name}.png")
+                write_png(file, 255 * label.astype(np.uint8))
                 salient = round(float(label.mean()), 4)
                 labelled[name] = {"threshold": threshold, "salient": salient, "erased": erased}
             else:

@@ -16,7 +16,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from ..errors import InputError
-from ..files import whole_file, whole_folder
+from ..files import inside, whole_file, whole_folder
 from .reading import Frame, Pictures, Source
 from .sound import Sound
 
@@ -164,7 +164,7 @@ class Png:
         if frame.index and not self.folder:
             raise InputError(f"{self.output}: holds one picture and there are more; give a folder")
         with _writing(self.output):
-            path = self.path / f"{frame.name}.png" if self.folder else self.path
+            path = inside(self.path, f"{frame.name}.png") if self.folder else self.path
             path.write_bytes(encode_png(picture))
 
     def close(self, *, stopped: bool = False) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.records import Record, Records
-from ..files import write_png
+from ..files import inside, write_png
 from .flow import PriorSource, frame_prior, naming, neighbour
 
 
@@ -44,8 +44,8 @@ def make_priors(
     root = Path(cache or default_cache()) / source.key() / records.dataset
     found: dict[tuple[str, str], Path] = {}
     for sequence, frames in records.sequences.items():
-        folder = root / f"{sequence}-{stamp(frames)}"
-        paths = {(sequence, record.name): folder / f"{record.name}.png" for record in frames}
+        folder = inside(root, f"{sequence}-{stamp(frames)}")
+        paths = {(sequence, record.name): inside(folder, f"{record.name}.png") for record in frames}
         found |= paths
         if all(path.is_file() for path in paths.values()):
             for _ in frames:

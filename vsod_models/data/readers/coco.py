@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
+from ...files import is_plain
 from ..records import Record, Records
 from .folders import OnProblem, fail, gathered, need_folder, unknown_split
 
@@ -89,6 +90,9 @@ def read_instances(
         raise InputError(f"{path}: no such file; it has to hold the instances") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not an instances file of COCO ({error!r})") from None
+    for name in categories.values():
+        if not isinstance(name, str) or not is_plain(name):
+            raise InputError(f"{path}: category {name!r} cannot be the name of a folder")
     kept = {
         category: {i: shapes for i, shapes in by.items() if (category, i) in large - crowded}
         for category, by in found.items()

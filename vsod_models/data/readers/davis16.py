@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
+from ...files import is_plain
 from ..records import Records, grey
 from .folders import (
     Counts,
@@ -61,6 +62,8 @@ def _open(
         listed = {folder.name: set[str]() for folder in folders(images)}
         source = images
     else:
+        if not is_plain(split):
+            raise InputError(f"split is {split!r}; it has to be the plain name of a list")
         source = root / "ImageSets" / resolution / f"{split}.txt"
         listed = read_list(source)
     records = []
@@ -103,18 +106,19 @@ def read_list(path: Path) -> dict[str, set[str]]:
         raise InputError(f"{path}: not a text file") from None
     listed: dict[str, set[str]] = {}
     for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
+        fields = line.split() if "/" in line else [line.strip()]  # a sequence may have spaces
+        if not fields[0]:
             continue
         place = Path(fields[0])
         if len(place.parts) == 1 and not place.suffix:
-            listed.setdefault(place.name, set())
-        elif len(place.parts) >= 2:
-            listed.setdefault(place.parent.name, set()).add(place.stem)
+            sequence, stems = place.name, set[str]()
         else:
+            sequence, stems = place.parent.name, {place.stem}
+        if ".." in place.parts or not all(map(is_plain, (sequence, *stems))):
             raise InputError(
                 f"{path}: line {number} is neither a sequence nor <sequence>/<frame>.jpg"
             )
+        listed.setdefault(sequence, set()).update(stems)
     if not listed:
         raise InputError(f"{path}: the list of the split is empty")
     return listed
