@@ -28,9 +28,12 @@ from vsod_models import cli, zoo  # noqa: E402
 from vsod_models.cli.predict import parse_colour, parse_size  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
-from vsod_models.media.views import VIEWS  # noqa: E402
+from vsod_models.media.views import TINT, VIEWS  # noqa: E402
+from vsod_models.networks.inference import for_inference  # noqa: E402
+from vsod_models.networks.mssa import MSSA  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
     VideoPredictor,
+    fitted,
     predict_file,
 )
 
@@ -86,8 +89,9 @@ def as_input(frames):
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 7, 8, 11, 23])
 def test_windows_are_averaged_and_each_frame_is_encoded_once(count, overlap, batch):
     frames, model = clip(count), Windowed()
-    made = VideoPredictor(model, "cpu", overlap=overlap, batch=batch).predict_clip(frames)
-    assert model.encoded == count
+    predictor = VideoPredictor(model, "cpu", overlap=overlap, batch=batch)
+    made = predictor.predict_clip(frames)
+    assert predictor.model.encoded == count and model.encoded == 0, "it runs a copy"
 
     length, stride = min(5, count), 5 - overlap
     starts = list(range(0, count - length + 1, stride))
@@ -119,7 +123,7 @@ def test_a_model_of_the_last_frame(count, batch):
 
     predictor = VideoPredictor(model, "cpu", batch=batch, prior=prior)
     made = predictor.predict_clip(frames)
-    assert model.encoded == count
+    assert predictor.model.encoded == count
     for index, (frame, neighbour) in enumerate(seen):
         other = index + 1 if index + 1 < count else max(0, index - 1)
         assert frame is frames[index] and neighbour is frames[other]
@@ -129,6 +133,70 @@ def test_a_model_of_the_last_frame(count, batch):
         logits = model.decode(model.encode(as_input(window), prior_input), SIZE)
         expected = logits.sigmoid()[0, 0].numpy()
         np.testing.assert_allclose(made[index], expected, rtol=0, atol=1e-6)
+
+
+class KeepsAspect(Windowed):
+    image_size, side_multiple = (16, 16), 4
+
+    def encode(self, frames):
+        self.sizes = [*getattr(self, "sizes", []), tuple(frames.shape[-2:])]
+        return super().encode(frames)
+
+
+def test_frames_keep_their_aspect_ratio_and_each_size_is_a_clip_of_its_own():
+    predictor = VideoPredictor(KeepsAspect(), "cpu", batch=1)
+    frames = [*clip(6, (90, 160)), *clip(2, (50, 50)), *clip(1, (160, 90))]
+    made = predictor.predict_clip(frames)
+    assert [m.shape for m in made] == [f.shape[:2] for f in frames]
+    assert sorted(set(predictor.model.sizes)) == [(12, 20), (16, 16), (20, 12)]
+    for first, last in ((0, 6), (6, 8), (8, 9)):
+        alone = VideoPredictor(KeepsAspect(), "cpu", batch=1).predict_clip(frames[first:last])
+        np.testing.assert_array_equal(np.concatenate(made[first:last]), np.concatenate(alone))
+    squeezed = VideoPredictor(KeepsAspect(), "cpu", size=(8, 12))
+    squeezed.predict_clip(frames)
+    assert set(squeezed.model.sizes) == {(8, 12)}, "a size that is asked for is taken"
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((720, 1280), (192, 352)),
+        ((1280, 720), (352, 192)),
+        ((512, 512), (256, 256)),
+        ((480, 640), (224, 288)),
+        ((100, 5000), (96, 736)),  # as 8:1
+        ((3, 1), (448, 160)),
+    ],
+)
+def test_sizes_of_about_as_many_pixels(shape, expected):
+    assert fitted(shape, 256 * 256, 32) == expected
+
+
+@pytest.mark.parametrize("backbone", ["vgg11_bn", "mobilenet_v2"])
+def test_batch_norm_is_folded_away(backbone):
+    model = MSSA(backbone, levels=(8, 16), skips=(4,), heads=(2, 4), dim=16, depth=1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean)
+            nn.init.normal_(module.weight)
+    model.train()
+    quick = for_inference(model)
+    assert model.training and not quick.training
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.modules())
+    frames = torch.rand(1, 2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(quick(frames), model.eval()(frames), rtol=1e-3, atol=1e-3)
+
+
+def test_an_overlay_is_drawn_where_something_is_salient():
+    frame = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    saliency = np.zeros((40, 60), np.float32)
+    assert (VIEWS["overlay"](frame, saliency, (0, 0, 0)) == frame).all()
+    saliency[10:20, 30:50] = np.linspace(0, 0.4, 20, dtype=np.float32)
+    expected = frame * (1 - saliency[..., None] / 2) + np.array(TINT) * saliency[..., None] / 2
+    made = VIEWS["overlay"](frame, saliency, (0, 0, 0))
+    assert np.abs(made - expected).max() <= 1
 
 
 def test_results_have_the_size_and_time_of_their_frames(tmp_path):
@@ -284,7 +352,7 @@ def test_a_video_out_of_a_video(tmp_path, vsod):
     path = make_video(tmp_path / "in.mp4", frames=30, sound="aac")
     code, out, _ = vsod(path, "-o", tmp_path / "out.mp4", "--device", "cpu")
     assert code == 0
-    assert re.match(r"device cpu \(\d+ threads\), model mssa-tiny, float32\n", out)
+    assert re.match(r"device cpu \(\d+ threads\), model mssa-tiny, (b?float)(16|32)\n", out)
     assert out.endswith("out.mp4: 30 frames, overlay\n")
     pictures, times = decode(tmp_path / "out.mp4")
     assert [p.shape for p in pictures] == [(48, 64, 3)] * 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +31,7 @@ from .files import inside
 from .media.reading import Frame, PathLike, Source, ahead, open_source
 from .media.views import VIEWS, check_view
 from .media.writing import open_writer
+from .networks.inference import for_inference
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,13 @@ class VideoPredictor:
             `encode(frames (B, T, 3, h, w)[, prior (B, T, 1, h, w)]) -> [(B, T, C, h', w'), ...]`
             and `decode(maps, (h, w)) -> (B, T, 1, h, w)`, or (B, 1, h, w) for "last", logits.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-        size: (height, width) that frames are resized to for the model; None: `image_size`.
+        size: (height, width) that frames are resized to for the model; None: its `image_size`,
+            or as many pixels in the frames' own aspect ratio if it has a `side_multiple`; frames
+            of another size are then a clip of their own.
         overlap: frames that neighbouring windows share; None: 2, less for windows of 1 or 2.
         batch: windows that go through the model at once; None: 1 on the CPU, 4 elsewhere.
-        precision: "float32", or "bfloat16" or "float16" for autocast.
+        precision: "float32", or "bfloat16" or "float16" for autocast; "auto": bfloat16 on a CPU
+            that multiplies in it, else float32.
         crf: refine each mask with :func:`vsod_ops.dense_crf` at the frame's size, with the numbers
             of this preset, "dss" or "deeplab".
         prior: `prior(frame, neighbour) -> (H, W)` in [0, 1], for a model that needs a motion
@@ -105,11 +111,11 @@ class VideoPredictor:
         name: str | None = None,
     ):
         self.device = choose_device(device)
-        self.model = cast(Any, model)
-        self.model.eval().to(self.device)
         self.name = name or type(model).__name__
-        self.length = int(self.model.clip_length)
-        height, width = size or self.model.image_size
+        described = cast(Any, model)
+        self.length = int(described.clip_length)
+        self.multiple = getattr(described, "side_multiple", None) if size is None else None
+        height, width = size or described.image_size
         self.size = (int(height), int(width))
         if min(self.size) < 1:
             raise InputError(f"size must be at least 1x1, got {width}x{height}")
@@ -120,25 +126,28 @@ class VideoPredictor:
                 f"overlap must be 0 to {self.length - 1} for windows of {self.length} frames, "
                 f"got {overlap}"
             )
-        self.stride = 1 if self.model.outputs == "last" else self.length - overlap
+        self.stride = 1 if described.outputs == "last" else self.length - overlap
         if batch is None:
             batch = 1 if self.device.type == "cpu" else 4
         self.batch = batch
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
+        if precision == "auto":
+            precision = "bfloat16" if self.device.type == "cpu" and bfloat16_pays() else "float32"
         dtypes = {
             "float32": torch.float32,
             "bfloat16": torch.bfloat16,
             "float16": torch.float16,
         }
         if precision not in dtypes:
-            raise InputError(f"precision must be one of {', '.join(dtypes)}, got {precision}")
+            raise InputError(f"precision must be one of auto, {', '.join(dtypes)}, got {precision}")
         self.dtype = dtypes[precision]
-        if self.model.needs_prior and prior is None:
+        if described.needs_prior and prior is None:
             raise InputError(f"model {self.name} needs a motion prior: pass prior=")
         if crf is not None and crf not in PRESETS:
             raise InputError(f"crf must be one of {', '.join(PRESETS)}, got {crf}")
         self.crf, self.prior = crf, prior
+        self.model = cast(Any, for_inference(model, self.dtype).to(self.device))
 
     def describe(self) -> str:
         """One line: device, model, and which backend runs each of our operators."""
@@ -178,14 +187,25 @@ class VideoPredictor:
             source = open_source(source, rate)
         frames = ahead(_as_frames(source, rate))
         with contextlib.closing(frames):
-            chunks = self._encoded(frames)
-            held = self._last(chunks) if self.model.outputs == "last" else self._all(chunks)
-            for one in held:
-                yield Result(one.frame, self._saliency(one))
+            for clip in self._clips(frames):
+                chunks = self._encoded(clip)
+                held = self._last(chunks) if self.model.outputs == "last" else self._all(chunks)
+                for one in held:
+                    yield Result(one.frame, self._saliency(one))
 
     def predict_clip(self, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Frames (H, W, 3) uint8 RGB -> the saliency (H, W) float32 in [0, 1] of each."""
         return [result.saliency for result in self.stream(frames)]
+
+    def _clips(self, frames: Iterable[Frame]) -> Iterator[Iterable[Frame]]:
+        """The frames, cut where the size changes that the model sees; `self.size` follows."""
+        if self.multiple is None:
+            yield frames
+            return
+        pixels = self.size[0] * self.size[1]
+        for shape, clip in groupby(frames, lambda frame: frame.picture.shape[:2]):
+            self.size = fitted(shape, pixels, self.multiple)
+            yield clip
 
     def _encoded(self, frames: Iterable[Frame]) -> Iterator[list[_Held]]:
         """The frames with their maps, as many at once as `batch` windows are new in."""
@@ -316,6 +336,33 @@ class VideoPredictor:
         return saliency
 
 
+def fitted(shape: Sequence[int], pixels: int, multiple: int) -> tuple[int, int]:
+    """(height, width) of about `pixels`, multiples of `multiple`, nearest to the aspect ratio.
+
+    shape: (height, width) of a frame; one that is longer than 8:1 is treated as 8:1.
+    """
+    aspect = min(max(shape[1] / shape[0], 1 / 8), 8.0)
+    height = math.sqrt(pixels / aspect) / multiple
+    choices = [
+        (rows * multiple, columns * multiple)
+        for rows in {max(1, math.floor(height)), math.ceil(height)}
+        for columns in {max(1, math.floor(height * aspect)), math.ceil(height * aspect)}
+    ]
+
+    def distance(choice: tuple[int, int]) -> float:
+        rows, columns = choice
+        squeeze = abs(math.log(columns / rows / aspect))
+        return 2 * squeeze + abs(math.log(rows * columns / pixels))
+
+    return min(sorted(choices), key=distance)
+
+
+def bfloat16_pays() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32 (AVX-512 BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
 def choose_device(name: str | torch.device) -> torch.device:
     """ "auto" is CUDA where there is one; a device that is not there is an InputError."""
     if name == "auto":
@@ -377,7 +424,8 @@ def predict_file(
     done, stopped = 0, False
     with (
         open_writer(output, source, overwrite=overwrite) as writer,
-        contextlib.closing(predictor.stream(source)) as results,
+        # The network runs beside the drawing and the encoding.
+        contextlib.closing(ahead(predictor.stream(source))) as results,
     ):
         try:
             for result in results:

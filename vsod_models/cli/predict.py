@@ -38,7 +38,7 @@ def predict(
         int | None, typer.Option(help="Frames that neighbouring windows share.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows that run at once.")] = None,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     crf: Annotated[
         str | None, typer.Option(help="Refine masks with a dense CRF: preset dss or deeplab.")
     ] = None,

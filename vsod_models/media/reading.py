@@ -290,8 +290,11 @@ def ahead(items: Iterable[T], depth: int = 4) -> Generator[T]:
             put("end", None)
         except BaseException as error:
             put("error", error)
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
-    thread = threading.Thread(target=work, name="vsod-decode", daemon=True)
+    thread = threading.Thread(target=work, name="vsod-ahead", daemon=True)
     thread.start()
     try:
         while True:

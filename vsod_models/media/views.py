@@ -22,7 +22,12 @@ def mask(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> 
 
 def overlay(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
     """(H, W, 3): the frame, tinted by half where it is salient, with the contour at 0.5."""
-    made = _over(frame, TINT, 1 - saliency / 2)
+    made = frame.copy()
+    seen = (saliency > 1 / 512).view(np.uint8)  # below that, a tint by half changes no grey level
+    x, y, wide, high = cv2.boundingRect(seen)
+    part = np.s_[y : y + high, x : x + wide]
+    if wide:
+        made[part] = _over(frame[part], TINT, 1 - saliency[part] / 2)
     contours, _ = cv2.findContours(
         (saliency >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )

@@ -85,8 +85,8 @@ class MSSA(PretrainedModel):
             raise InputError(f"skips {tuple(skips)} and levels {tuple(levels)} must ascend")
         self.clip_length = clip_length
         self.image_size = (int(image_size[0]), int(image_size[1]))
-        self.keep_aspect = keep_aspect
         self.backbone = Backbone(backbone, strides, **(backbone_options or {}))
+        self.side_multiple = strides[-1] if keep_aspect else None
         skip_channels = self.backbone.channels[: len(skips)]
         level_channels = self.backbone.channels[len(skips) :]
         self.lift = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in level_channels)

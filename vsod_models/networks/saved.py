@@ -30,6 +30,9 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
     image_size: tuple[int, int]  # (height, width) it is trained at
     outputs: Literal["all", "last"]  # which frames of a window get a mask
     needs_prior: bool  # whether it takes a motion prior beside the frames
+    # Frames keep their aspect ratio: prediction resizes them to about as many pixels as
+    # `image_size` has, with sides that are multiples of this.  None: to `image_size` itself.
+    side_multiple: int | None = None
 
     def load_backbone(self, weights: str | Path) -> None:
         """ImageNet weights: a torchvision name or a file; see `Backbone.load_weights`."""

@@ -1,0 +1,75 @@
+"""Models made ready for prediction: the same function, with less work."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def for_inference(model: Model, dtype: torch.dtype = torch.float32) -> Model:
+    """A copy in evaluation mode, with batch norm folded into the convolutions before it.
+
+    dtype: of the autocast that it will run under.  Weights of convolutions and linear layers are
+    stored in it, which autocast would otherwise do again for each window.
+    """
+    training = model.training
+    made = copy.deepcopy(model.eval()).requires_grad_(False)
+    model.train(training)
+    for module in made.modules():
+        module.training = False  # which the copy of a traced network forgets
+    for before, after in _neighbours(made):
+        convolution, norm = before.module, after.module
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            before.module = fuse_conv_bn_eval(convolution, norm)
+            after.module = nn.Identity()
+    for module in made.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+        if dtype != torch.float32 and isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            module.to(dtype)
+    return made
+
+
+class _Place:
+    """Where a module hangs in its parent."""
+
+    def __init__(self, parent: nn.Module, name: str):
+        self.parent, self.name = parent, name
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.parent._modules[self.name]
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self.parent._modules[self.name] = module
+
+
+def _neighbours(model: nn.Module) -> list[tuple[_Place, _Place]]:
+    """Modules that feed one other module alone: in sequences, and in traced graphs."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            places = [_Place(module, name) for name in module._modules]
+            found += itertools.pairwise(places)
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                inputs = node.all_input_nodes
+                if node.op == "call_module" and len(inputs) == 1:
+                    (source,) = inputs
+                    if source.op == "call_module" and len(source.users) == 1:
+                        found.append((_place(module, source.target), _place(module, node.target)))
+    return found
+
+
+def _place(root: nn.Module, path: str) -> _Place:
+    parent, _, name = path.rpartition(".")
+    return _Place(root.get_submodule(parent), name)
