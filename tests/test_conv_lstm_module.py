@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from checks_conv_lstm import lstm_steps
 from torch import nn
 
 from vsod_ops import ConvLSTM, conv_lstm
@@ -14,54 +15,42 @@ from vsod_ops.conv_lstm.module import from_fused, from_keras, from_separate, loa
 def plain_fused(x, weight, bias):
     """One convolution over cat(x, h), gate order i, f, o, g, as most implementations have it."""
     hidden = weight.shape[0] // 4
-    h = c = x.new_zeros(x.shape[0], hidden, *x.shape[3:])
-    out = []
-    for x_t in x.unbind(1):
+
+    def gates(x_t, h):
         combined = F.conv2d(torch.cat([x_t, h], 1), weight, bias, padding=weight.shape[-1] // 2)
         i, f, o, g = combined.split(hidden, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        out.append(h)
-    return torch.stack(out, 1), c
+        return i, f, g, o
+
+    zeros = x.new_zeros(x.shape[0], hidden, *x.shape[3:])
+    return lstm_steps(x, gates, zeros, zeros)
 
 
 def plain_separate(x, from_x, from_h, biases, peepholes):
     """Eight convolutions and peepholes that broadcast over (B, M, H, W)."""
-    hidden = from_h["i"].shape[0]
-    h = c = x.new_zeros(x.shape[0], hidden, *x.shape[3:])
-    out = []
 
-    def gate(name, x_t):
-        sums = F.conv2d(x_t, from_x[name], biases[name], padding="same")
-        return sums + F.conv2d(h, from_h[name], padding="same")
+    def gates(x_t, h):
+        return [
+            F.conv2d(x_t, from_x[gate], biases[gate], padding="same")
+            + F.conv2d(h, from_h[gate], padding="same")
+            for gate in "ifgo"
+        ]
 
-    for x_t in x.unbind(1):
-        i = (gate("i", x_t) + peepholes["i"] * c).sigmoid()
-        f = (gate("f", x_t) + peepholes["f"] * c).sigmoid()
-        new_c = f * c + i * gate("g", x_t).tanh()
-        o = (gate("o", x_t) + peepholes["o"] * new_c).sigmoid()
-        h, c = o * new_c.tanh(), new_c
-        out.append(h)
-    return torch.stack(out, 1), c
+    zeros = x.new_zeros(x.shape[0], from_h["i"].shape[0], *x.shape[3:])
+    return lstm_steps(x, gates, zeros, zeros, [peepholes[gate] for gate in "ifo"])
 
 
 def plain_keras(x, kernel, recurrent, bias):
     """Channels last: x (B, T, H, W, C), kernel (k, k, C, 4M), gates i, f, c, o."""
-    hidden = recurrent.shape[2]
-    h = c = x.new_zeros(*x.shape[:1], *x.shape[2:4], hidden)
-    out = []
 
     def convolution(y, weight):
         y = F.conv2d(y.permute(0, 3, 1, 2), weight.permute(3, 2, 0, 1), padding="same")
         return y.permute(0, 2, 3, 1)
 
-    for x_t in x.unbind(1):
-        z = convolution(x_t, kernel) + bias + convolution(h, recurrent)
-        i, f, candidate, o = z.split(hidden, -1)
-        c = f.sigmoid() * c + i.sigmoid() * candidate.tanh()
-        h = o.sigmoid() * c.tanh()
-        out.append(h)
-    return torch.stack(out, 1), c
+    def gates(x_t, h):
+        return (convolution(x_t, kernel) + bias + convolution(h, recurrent)).chunk(4, -1)
+
+    zeros = x.new_zeros(x.shape[0], *x.shape[2:4], recurrent.shape[2])
+    return lstm_steps(x, gates, zeros, zeros)
 
 
 def draw(*shape):

@@ -1,138 +1,56 @@
-"""The Triton kernels of conv_lstm: in the interpreter, compiled for GPUs, and on one.
-
-Kernel tests run on CUDA tensors where there is a GPU, and on CPU tensors under TRITON_INTERPRET=1,
-which must be set before triton is first imported: `test_kernels_in_the_interpreter` runs this file
-once more in a process of its own that has it.  Compile tests need no GPU.
-"""
+"""The Triton kernels of conv_lstm: in the interpreter, compiled for GPUs, and on one."""
 
 import functools
 import math
-import multiprocessing
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from checks import assert_error_bound, nan_filled_memory
-from torch.nn import functional as F
+from checks import nan_filled_memory
+from checks_conv_lstm import (
+    assert_like_float64,
+    lstm_gradients,
+    lstm_inputs,
+    lstm_results,
+    through_conv_lstm,
+)
+from checks_triton import (
+    DEVICE,
+    INTERPRET,
+    SHARED_MEMORY,
+    TYPE_NAMES,
+    compile_for,
+    compiled_only,
+    figures,
+    on_device,
+    on_gpu,
+    run_in_the_interpreter,
+    triton,
+)
+from checks_triton import compilations as compilations_of
 
 from vsod_ops.conv_lstm import conv_lstm, op, reference
-
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from vsod_ops.conv_lstm import triton_kernels as tk  # noqa: E402
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
-
-needs_device = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRET, reason="no GPU, and not in the interpreter"
-)
-compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
-
-
-def on_device(test):
-    """On a GPU, where `-m cuda` selects it, or in the interpreter."""
-    return pytest.mark.cuda(needs_device(test))
+from vsod_ops.conv_lstm import triton_kernels as tk
 
 
 @compiled_only
 def test_kernels_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) >= 20, done.stdout + done.stderr
+    run_in_the_interpreter(__file__, at_least=20)
 
 
-NAMES = ("x", "h", "c", "weight_ih", "weight_hh", "bias", "weight_peephole")
+draw = functools.partial(lstm_inputs, device=DEVICE)
 
 
-def draw(
-    batch, steps, channels, hidden, height, width, kernel, dtype, peephole=None, state=True,
-    bias=True, seed=0,
-):  # fmt: skip
-    """The op's seven tensors, c in the cell state's dtype; peephole: None, "channel" or "full"."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, scale=1.0, dtype=dtype):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return x.to(dtype).to(DEVICE)
-
-    scale = (kernel**2 * (channels + hidden)) ** -0.5
-    plane = (hidden, height, width)
-    return [
-        normal(batch, steps, channels, height, width),
-        normal(batch, *plane) if state else None,
-        normal(batch, *plane, dtype=op.state_dtype(dtype)) if state else None,
-        normal(4 * hidden, channels, kernel, kernel, scale=scale),
-        normal(4 * hidden, hidden, kernel, kernel, scale=scale),
-        normal(4 * hidden) if bias else None,
-        None if peephole is None else normal(3, *(plane if peephole == "full" else plane[:1])),
-    ]
+def tensors_of(*shape, **options):
+    """The op's seven tensors."""
+    return list(draw(*shape, **options).values())
 
 
-def eager(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation):
-    """The definition in x's own dtype, as a user would write it."""
-    options = {"dilation": dilation, "padding": dilation * (weight_hh.shape[-1] // 2)}
-    shape = (x.shape[0], weight_hh.shape[1], *x.shape[3:])
-    h, c = (x.new_zeros(shape), x.new_zeros(shape)) if state is None else state
-    p = [0.0] * 3 if weight_peephole is None else weight_peephole
-    if weight_peephole is not None and weight_peephole.dim() == 2:
-        p = weight_peephole[:, :, None, None]
-    out = []
-    for x_t in x.unbind(1):
-        gates = F.conv2d(x_t, weight_ih, bias, **options) + F.conv2d(h, weight_hh, **options)
-        i, f, g, o = gates.chunk(4, 1)
-        c = (f + p[1] * c).sigmoid() * c + (i + p[0] * c).sigmoid() * g.tanh()
-        h = (o + p[2] * c).sigmoid() * c.tanh()
-        out.append(h)
-    return torch.stack(out, 1), (h, c)
-
-
-def results(function, tensors, dtype=None, state_dtype=None):
-    """name -> out, c_T and the gradient of every tensor, under fixed output gradients."""
-
-    def leaf(name, t):
-        to = state_dtype if name == "c" and state_dtype else dtype
-        return None if t is None else t.detach().to(to or t.dtype).requires_grad_()
-
-    leaves = {name: leaf(name, t) for name, t in zip(NAMES, tensors, strict=True)}
-    x, h, c, *weights = leaves.values()
-    out, (_, c_last) = function(x, None if h is None else (h, c), *weights)
-    generator = torch.Generator().manual_seed(7)
-    grads = [
-        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(tensors[0].dtype).to(y)
-        for y in (out, c_last)
-    ]
-    given = {name: t for name, t in leaves.items() if t is not None}
-    found = torch.autograd.grad([out, c_last], list(given.values()), grads)
-    found = {f"d{name}": g for name, g in zip(given, found, strict=True)}
-    return {"out": out.detach(), "c_T": c_last.detach(), **found}
-
-
-def check(tensors, dilation=1, recompute=False):
+def check(inputs, **options):
     """Hold out, c_T and all gradients to float64 by the error rule."""
-    dtype = tensors[0].dtype
-
-    def ours(*args):
-        return conv_lstm(*args, dilation=dilation, recompute=recompute, backend="triton")
-
-    plain = functools.partial(eager, dilation=dilation)
-    actual = results(ours, tensors)
-    rival = results(plain, tensors, dtype, dtype)
-    for name, expected in results(plain, tensors, torch.float64, torch.float64).items():
-        assert_error_bound(name, actual[name], rival[name], expected, dtype)
+    dilation = options.get("dilation", 1)
+    grads = lstm_gradients(inputs)
+    actual = lstm_results(through_conv_lstm("triton", **options), inputs, grads)
+    assert_like_float64(actual, inputs, grads, dilation, narrow_state=True)
 
 
 SHAPES = {
@@ -173,17 +91,17 @@ def permuted(x, order):
     return x.permute(order).contiguous().permute(back)
 
 
-SMALL = dict(batch=2, steps=2, channels=4, hidden=3, height=3, width=5, kernel=3)
+SMALL = dict(batch=2, steps=2, channels=4, hidden=3, height=3, width=5)
 
 
 @on_device
 @pytest.mark.parametrize("order", ((1, 0, 2, 3, 4), (0, 1, 3, 4, 2), (4, 3, 2, 1, 0)))
 def test_strides_in_nan_filled_memory(order):
     with nan_filled_memory():
-        tensors = draw(**SMALL, dtype=torch.float32, peephole="full")
-        tensors[0] = permuted(tensors[0], order)
-        tensors[1] = permuted(tensors[1], (3, 0, 2, 1))
-        check(tensors, recompute=order[0] == 1)
+        inputs = draw(**SMALL, dtype=torch.float32, peephole="full")
+        inputs["x"] = permuted(inputs["x"], order)
+        inputs["h"] = permuted(inputs["h"], (3, 0, 2, 1))
+        check(inputs, recompute=order[0] == 1)
 
 
 @on_device
@@ -202,7 +120,7 @@ def kernel_results(tensors, grad_out, grad_c):
 
 @on_device
 def test_repeats_are_equal_to_the_bit_and_split_sums_are_right():
-    tensors = draw(1, 2, 2, 3, 9, 15, 1, torch.float32, peephole="channel")
+    tensors = tensors_of(1, 2, 2, 3, 9, 15, torch.float32, kernel=1, peephole="channel")
     x = tensors[0]
     call = tk._Call(x, tensors[4], tensors[6], 1)
     assert call.pixels > 4 * tk._INTERPRETER_TILES["weight"].pixels  # so there are partial sums
@@ -222,7 +140,7 @@ def test_repeats_are_equal_to_the_bit_and_split_sums_are_right():
 
 @on_device
 def test_only_the_gradients_that_are_needed():
-    tensors = draw(1, 2, 2, 3, 3, 5, 3, torch.float32, peephole="full")
+    tensors = tensors_of(1, 2, 2, 3, 3, 5, torch.float32, peephole="full")
     grad_out = torch.randn(1, 2, 3, 3, 5, device=DEVICE)
     kept = tk.forward(*tensors, 1, op.SAVE_GATES)
     every = tk.backward(grad_out, None, *tensors, *kept, 1, [True] * 7)
@@ -239,7 +157,7 @@ def test_only_the_gradients_that_are_needed():
 @on_device
 @pytest.mark.parametrize("which", ("out", "c_T", "expanded"))
 def test_one_output_alone_has_a_gradient(which):
-    tensors = draw(**SMALL, dtype=torch.float32)
+    tensors = tensors_of(**SMALL, dtype=torch.float32)
     grads = []
     for backend in ("triton", "reference"):
         leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
@@ -253,7 +171,7 @@ def test_one_output_alone_has_a_gradient(which):
 
 @on_device
 def test_what_forward_keeps():
-    tensors = draw(**SMALL, dtype=torch.float32, peephole="channel")
+    tensors = tensors_of(**SMALL, dtype=torch.float32, peephole="channel")
     out, c_last, cells, gates = tk.forward(*tensors, 1, op.SAVE_GATES)
     expected = reference.forward(*tensors, 1, op.SAVE_GATES)
     for actual, wanted in zip((out, c_last, cells), expected, strict=False):
@@ -268,7 +186,7 @@ def test_what_forward_keeps():
 
 @on_device
 def test_chunks_equal_the_whole():
-    x, h, c, *weights = draw(1, 4, 2, 3, 3, 4, 3, torch.bfloat16, peephole="full")
+    x, h, c, *weights = tensors_of(1, 4, 2, 3, 3, 4, torch.bfloat16, peephole="full")
     whole, (_, c_last) = conv_lstm(x, (h, c), *weights, backend="triton")
     first, state = conv_lstm(x[:, :1], (h, c), *weights, backend="triton")
     second, (_, c_chunked) = conv_lstm(x[:, 1:], state, *weights, backend="triton")
@@ -297,7 +215,7 @@ def test_ends_of_the_range():
 
 @on_device
 def test_nan_and_inf_reach_the_same_elements_as_in_the_reference():
-    tensors = draw(1, 2, 2, 3, 7, 9, 3, torch.float32)
+    tensors = tensors_of(1, 2, 2, 3, 7, 9, torch.float32)
     tensors[0][0, 0, 1, 2, 3] = math.nan
     tensors[0][0, 1, 0, 6, 8] = math.inf
     for actual, expected in zip(
@@ -308,7 +226,7 @@ def test_nan_and_inf_reach_the_same_elements_as_in_the_reference():
 
 @on_device
 def test_huge_dilation_leaves_the_middle_tap():
-    tensors = draw(1, 1, 2, 3, 3, 4, 3, torch.float32)
+    tensors = tensors_of(1, 1, 2, 3, 3, 4, torch.float32)
     out = tk.forward(*tensors, 2**40, op.SAVE_NOTHING)[0]
     middle = [t[..., 1:2, 1:2].contiguous() if t.dim() == 4 else t for t in tensors[3:5]]
     expected = reference.forward(*tensors[:3], *middle, *tensors[5:], 1, op.SAVE_NOTHING)[0]
@@ -348,8 +266,6 @@ def test_nothing_is_timed_again_when_only_the_batch_changes(monkeypatch):
     assert chosen[64].pixels >= chosen[1].pixels
 
 
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
-TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = {
     "forward": tk.conv_lstm_fwd_kernel,
     "backward": tk.conv_lstm_bwd_kernel,
@@ -366,38 +282,18 @@ ALIGNED = {"area", "width", "height", "hidden", "n_channels"}
 
 
 def compile_kernel(kernel, capability, dtype, constants, warps, stages, aligned=True):
-    """The kernel for an architecture, with the options of a launch and every pointer given."""
+    """The kernel for an architecture, with every pointer given."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("p_"):
+        signature[name] = "i32"
+        if name.startswith("p_"):
             signature[name] = "*fp32" if name in FLOAT_POINTERS else "*" + TYPE_NAMES[dtype]
-        else:
-            signature[name] = "i32"
         if name in PADDED or name.startswith("p_") or (aligned and name in ALIGNED):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return triton.compile(
-        ASTSource(kernel, signature, positions, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-    )
-
-
-def figures(kernel):
-    """(registers, bytes of stack and local memory, shared memory, tensor core instructions)."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run(
-            [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-        )
-    match = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout + usage.stderr)
-    products = set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", kernel.asm["ptx"]))
-    registers, stack, local = (int(x) for x in match.groups())
-    return registers, stack + local, kernel.metadata.shared, products
+    return compile_for(
+        kernel, capability, signature, constants,
+        warps=warps, stages=stages, attributes=attributes,
+    )  # fmt: skip
 
 
 def compile_tile(kind, capability, dtype, precision, aligned, tile):
@@ -428,15 +324,8 @@ def compile_cases():
 
 @pytest.fixture(scope="module")
 def compilations():
-    """Compilations in two processes at once, all begun when the first is asked for."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-
-        @functools.cache
-        def begin():
-            return {case: pool.submit(compile_tile, *case) for case in compile_cases()}
-
-        yield lambda case: begin()[case].result()
+    with compilations_of(compile_tile, list(compile_cases())) as compiled:
+        yield compiled
 
 
 @compiled_only
@@ -502,29 +391,22 @@ def test_compiles_without_some_pointers_and_with_sizes_of_1(kind, missing, sizes
     assert figures(compile_kernel(kernel, 90, torch.bfloat16, constants, 4, 2))[1] == 0
 
 
-on_gpu = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU"),
-]
-
-
 def gpu_results(tensors):
     grad_out = torch.ones_like(tensors[0][:, :, :1].expand(-1, -1, tensors[4].shape[1], -1, -1))
     return kernel_results(tensors, grad_out, None)
 
 
+@on_gpu
 class TestOnAGPU:
-    pytestmark = on_gpu
-
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
     @pytest.mark.parametrize("peephole", (None, "channel", "full"))
     @pytest.mark.parametrize("size", (28, 33))
     def test_many_channels(self, dtype, peephole, size):
-        tensors = draw(2, 3, 64, 96, size, size, 3, dtype, peephole=peephole)
-        check(tensors, recompute=peephole == "full")
+        inputs = draw(2, 3, 64, 96, size, size, dtype, peephole=peephole)
+        check(inputs, recompute=peephole == "full")
 
     def test_cuda_graph_and_side_stream(self):
-        tensors = draw(2, 3, 64, 64, 28, 28, 3, torch.bfloat16, peephole="channel")
+        tensors = tensors_of(2, 3, 64, 64, 28, 28, torch.bfloat16, peephole="channel")
         expected = gpu_results(tensors)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -539,13 +421,13 @@ class TestOnAGPU:
             assert torch.equal(a, b) and torch.equal(a, c)
 
     def test_more_than_2_to_the_31_elements(self):
-        x, h, c, *weights = draw(2, 1, 8, 8, 16, 16, 3, torch.bfloat16)
+        inputs = draw(2, 1, 8, 8, 16, 16, torch.bfloat16)
         far = torch.empty(2, 2**30 + 1, dtype=torch.bfloat16, device=DEVICE)[:, :2048]
-        far = far.view(2, 1, 8, 16, 16).copy_(x)
-        check([far, h, c, *weights])
+        far = far.view(2, 1, 8, 16, 16).copy_(inputs["x"])
+        check(inputs | {"x": far})
 
     def test_tf32_follows_torch(self):
-        tensors = draw(1, 1, 64, 64, 16, 16, 3, torch.float32)
+        tensors = tensors_of(1, 1, 64, 64, 16, 16, torch.float32)
         exact = tk.forward(*tensors, 1, op.SAVE_NOTHING)[0]
         before = torch.get_float32_matmul_precision()
         try:
