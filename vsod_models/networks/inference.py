@@ -55,7 +55,7 @@ class _Place:
 
 def _neighbours(model: nn.Module) -> list[tuple[_Place, _Place]]:
     """Modules that feed one other module alone: in sequences, and in traced graphs."""
-    found = []
+    found: list[tuple[_Place, _Place]] = []
     for module in model.modules():
         if isinstance(module, nn.Sequential):
             places = [_Place(module, name) for name in module._modules]
