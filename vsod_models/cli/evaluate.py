@@ -43,7 +43,8 @@ def evaluate(
     from ..data import open_dataset
     from ..evaluation.evaluator import available_cores, evaluate_folder
     from ..evaluation.protocols import get_protocol
-    from ..evaluation.report import draw_curves, show, write_csv, write_json
+    from ..evaluation.report import draw_curves, write_csv, write_json
+    from .tables import show
 
     get_protocol(protocol)
     if curves is not None and curves.suffix.lower() not in (".png", ".svg", ".pdf"):

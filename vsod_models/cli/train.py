@@ -22,6 +22,10 @@ def train(
     """Train a model as a recipe says; the run folder is its key `out`."""
     from ..training.recipe import read_config
     from ..training.run import train
+    from .progress import progress
+    from .training_bar import TrainingBar
 
-    folder = train(read_config(config, overrides or []), resume=resume)
+    recipe = read_config(config, overrides or [])
+    bar = TrainingBar(recipe.out)
+    folder = train(recipe, resume=resume, callbacks=[bar], progress=progress)
     print(f"vsod train: the model is in {folder}")

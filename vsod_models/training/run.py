@@ -6,8 +6,8 @@ import copy
 import logging
 import math
 import os
-import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,7 +31,7 @@ from ..prior.load import load_prior
 from ..prior.regions import MotionPrior
 from ..zoo import load_model, new_model
 from .recipe import Config, plain
-from .samples import SampleNumbers, make_dataset
+from .samples import Progress, SampleNumbers, make_dataset, silent
 from .validation import Validation
 
 
@@ -138,47 +137,6 @@ class WholeCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
 
-class Bar(Callback):
-    """One progress bar over all iterations; where there is no terminal, a line a minute."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-
-    def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        self.active = trainer.is_global_zero
-        self.bar = self.active and self.progress.console.is_terminal
-        self.first, self.began = trainer.global_step, time.monotonic()
-        self.told = self.began
-        if self.bar:
-            self.progress.start()
-            self.row = self.progress.add_task(
-                "training", total=trainer.max_steps, completed=trainer.global_step, rate=""
-            )
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any) -> None:
-        if not self.active:
-            return
-        now, done = time.monotonic(), trainer.global_step
-        loss = float(trainer.callback_metrics.get("loss", float("nan")))
-        rate = f"{(done - self.first) / (now - self.began):.2f} it/s"
-        if self.bar:
-            self.progress.update(
-                self.row, completed=done, description=f"loss {loss:.4f}", rate=rate
-            )
-        elif now - self.told >= 60 or done == trainer.max_steps:
-            self.told = now
-            print(f"iteration {done} of {trainer.max_steps}, loss {loss:.4f}, {rate}", flush=True)
-
-    def teardown(self, *rest: Any, **named: Any) -> None:
-        self.progress.stop()
-
-
 def make_model(config: Config) -> PretrainedModel:
     """The model of a recipe with its initial weights, the same on every device."""
     torch.manual_seed(config.seed)
@@ -199,7 +157,13 @@ def make_model(config: Config) -> PretrainedModel:
     return model
 
 
-def train(config: Config, *, resume: bool = False) -> Path:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    progress: Progress = silent,
+) -> Path:
     """Trains as the configuration says.
 
     The run folder `config.out` gets config.yaml, last.ckpt, TensorBoard's curves, and at the end
@@ -208,6 +172,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     Args:
         config: see :func:`read_config`.
         resume: go on from last.ckpt in the run folder; from the start where it is missing.
+        callbacks: of Lightning, such as a progress bar.
+        progress: what shows how far the motion priors are, see `Progress`.
 
     Returns:
         the folder of the trained model.
@@ -228,20 +194,20 @@ def train(config: Config, *, resume: bool = False) -> Path:
             f"got {config.loss.positive_weight!r}"
         )
     model = make_model(config)
-    dataset = make_dataset(config, model)
+    dataset = make_dataset(config, model, progress)
     task = Task(model, config)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # it is the run folder
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    callbacks: list[Callback] = [
-        Bar(),
+    all_callbacks: list[Callback] = [
+        *callbacks,
         ModelCheckpoint(
             dirpath=out, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
         ),
     ]
     if config.data.validation is not None and config.validate_every:
-        callbacks.insert(1, Validation(config))
+        all_callbacks.append(Validation(config))
     try:
         trainer = lightning.Trainer(
             accelerator=config.accelerator,
@@ -257,7 +223,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             sync_batchnorm=torch.cuda.is_available() and config.devices * config.nodes > 1,
             logger=TensorBoardLogger(out, name="", version="curves", purge_step=start or None),
             log_every_n_steps=min(10, config.checkpoint_every),
-            callbacks=callbacks,
+            callbacks=all_callbacks,
             plugins=[WholeCheckpoints()],
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -274,11 +240,6 @@ def train(config: Config, *, resume: bool = False) -> Path:
         pin_memory=torch.cuda.is_available(),
     )
     if trainer.is_global_zero:
-        device = trainer.strategy.root_device
-        print(
-            f"vsod train: {type(model).__name__} on {device} x {trainer.world_size}, "
-            f"{config.precision}, iterations {start} to {config.iterations}, into {out}"
-        )
         with whole_file(out / "config.yaml") as part:
             part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     trainer.fit(task, loader, ckpt_path=last if start else None, weights_only=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import sys
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -81,7 +79,17 @@ def open_source(data: DataConfig, source: Source) -> Records:
     return records if source.labels is None else with_coarse_labels(records, source.labels)
 
 
-def make_dataset(config: Config, model: PretrainedModel) -> Mix:
+# (title, steps) -> a context that gives what to call after each step
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], object]]]
+
+
+@contextlib.contextmanager
+def silent(title: str, total: int) -> Iterator[Callable[[], object]]:
+    """The progress that shows nothing."""
+    yield lambda: None
+
+
+def make_dataset(config: Config, model: PretrainedModel, progress: Progress = silent) -> Mix:
     """The training mix, with motion priors where the model needs them (made on first use)."""
     data = config.data
     if not data.train:
@@ -92,9 +100,7 @@ def make_dataset(config: Config, model: PretrainedModel) -> Mix:
     sources = [open_source(data, source) for source in data.train]
     if model.needs_prior:
         prior = load_prior(data.prior)
-        with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
-            row = bar.add_task("motion priors", total=sum(len(records) for records in sources))
-            step = functools.partial(bar.advance, row)
+        with progress("motion priors", sum(map(len, sources))) as step:
             sources = [make_priors(r, prior, data.prior_cache, on_frame=step) for r in sources]
     parts = [
         [
