@@ -13,6 +13,7 @@ import typer
 from ..errors import InputError
 from .data import check, prepare, synthetic
 from .evaluate import evaluate
+from .example import example
 from .label import coarse
 from .predict import predict
 from .prior import make
@@ -36,6 +37,7 @@ app.add_typer(label_app, name="label")
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("predict")(predict)
+app.command("example")(example)
 data_app.command("check")(check)
 data_app.command("prepare")(prepare)
 data_app.command("synthetic")(synthetic)

@@ -10,6 +10,8 @@ import av
 
 from .reading import clock_start
 
+LAYOUTS = {"1 channels": "mono", "2 channels": "stereo", "6 channels": "5.1", "8 channels": "7.1"}
+
 
 class Sound:
     """The sound of one file, laid into another as it grows.
@@ -85,10 +87,12 @@ class _CodedTrack:
             self.stream = container.add_stream("aac", rate=min(context.sample_rate, 48000))
             self.stream.bit_rate = 96000 * max(1, context.channels)
             form = "fltp"
-        self.stream.layout = context.layout.name
+        # WAV and AVI may count their channels without naming them.
+        layout = LAYOUTS.get(context.layout.name, context.layout.name)
+        self.stream.layout = layout
         self.stream.codec_context.open()
         self.resampler = av.AudioResampler(
-            form, context.layout, self.stream.rate, self.stream.codec_context.frame_size
+            form, layout, self.stream.rate, self.stream.codec_context.frame_size
         )
 
     def take(self, packet: Any) -> list[Any]:
