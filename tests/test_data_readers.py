@@ -341,6 +341,24 @@ def test_stills_are_sequences_of_one_frame(tmp_path):
         open_dataset("stills", tmp_path / "Masks2", "train")
 
 
+def test_a_list_of_names_chooses_stills(tmp_path):
+    for name in ("a", "b", "c10"):
+        image(tmp_path / "images" / f"{name}.jpg")
+        mask(tmp_path / "ground_truth_mask" / f"{name}.png")
+    listed = tmp_path / "some.txt"
+    listed.write_text("c10\na\n")
+    records = open_dataset("stills", tmp_path, str(listed))
+    assert list(records.sequences) == ["a", "c10"]
+    listed.write_text("d\n")
+    with pytest.raises(InputError, match="no sequence 'd'"):
+        open_dataset("stills", tmp_path, str(listed))
+    listed.write_text("")
+    with pytest.raises(InputError, match="list without names"):
+        open_dataset("stills", tmp_path, str(listed))
+    with pytest.raises(InputError, match="not a readable list"):
+        open_dataset("stills", tmp_path, str(tmp_path / "other.txt"))
+
+
 def test_duts_as_published(tmp_path):
     for part in ("DUTS-TR", "DUTS-TE"):
         image(tmp_path / part / f"{part}-Image" / f"{part}.jpg")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,9 @@ def evaluate(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out frames without a prediction.")
     ] = False,
+    flicker: Annotated[
+        bool, typer.Option("--flicker", help="Also how much masks change along the optical flow.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(help="Processes; one for each core where not said.")
     ] = None,
@@ -42,6 +46,7 @@ def evaluate(
 
     from ..data import open_dataset
     from ..evaluation.evaluator import available_cores, evaluate_folder
+    from ..evaluation.flicker import flicker_of_folder
     from ..evaluation.protocols import get_protocol
     from ..evaluation.report import draw_curves, write_csv, write_json
     from .tables import show
@@ -77,6 +82,11 @@ def evaluate(
                     allow_missing=allow_missing,
                     advance=functools.partial(progress.update, task),
                 )
+                if flicker:
+                    task = progress.add_task(f"{name} flicker", total=None)
+                    step = functools.partial(progress.update, task)
+                    found = flicker_of_folder(folder, records, step)
+                    evaluations[name] = replace(evaluations[name], flicker=found)
         show(evaluations, Console())
         for write, path in writers:
             write(path, evaluations)

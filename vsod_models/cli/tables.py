@@ -63,6 +63,10 @@ def _notes(evaluation: Evaluation) -> Iterable[str]:
     if evaluation.missing:
         missing = evaluation.missing
         yield f"Missing and left out, {frame_count(missing)} predictions: {listed(missing)}."
+    if evaluation.flicker:
+        ours, truth = evaluation.flicker.predictions, evaluation.flicker.truth
+        factor = f", {ours / truth:.2f} times" if truth else ", with"
+        yield f"Flicker: {ours:.4f}{factor} that of the ground truth, {truth:.4f}."
     for change, times in evaluation.resized.items():
         yield f"Resized to the ground truth (bilinear), {times} predictions: {change}."
     if evaluation.strangers:

@@ -72,7 +72,8 @@ class Records(Sequence[Record]):
         for name in names:
             if name not in self.sequences:
                 raise InputError(f"{self.dataset} {self.split} has no sequence {name!r}")
-        kept = [record for record in self._records if record.sequence in names]
+        wanted = set(names)
+        kept = [record for record in self._records if record.sequence in wanted]
         return Records(self.dataset, self.split, kept)
 
     def __len__(self) -> int:

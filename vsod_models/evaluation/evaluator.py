@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     pass
 from .measures import Scores, score_frame
 from .protocols import Protocol, choose_frames, get_protocol
+
+
+@dataclass(frozen=True)
+class Flicker:
+    """Means over the sequences; see `flicker.py`."""
+
+    predictions: float
+    truth: float  # of the ground truth, over the same pairs of frames
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Evaluation:
     missing: dict[str, list[str]] = field(default_factory=dict)
     strangers: list[str] = field(default_factory=list)  # folders that are no sequence
     resized: Counter[str] = field(default_factory=Counter)  # "854x480 to 480x270" -> predictions
+    flicker: Flicker | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,6 +65,7 @@ class Evaluation:
             "frames": sum(self.frames.values()),
             "overall": self.overall,
             "sequences": self.sequences,
+            **({"flicker": asdict(self.flicker)} if self.flicker else {}),
         }
 
 
@@ -104,7 +115,7 @@ class SaliencyEvaluator:
             raise ValueError(f"mask has to be (H, W), not {truth.shape}")
         if not np.array_equal(truth, truth != 0):
             raise ValueError("mask has to be bool or zeros and ones: threshold it first")
-        score = score_frame(_resized(levels, truth.shape), truth != 0, self.protocol)
+        score = score_frame(resized(levels, truth.shape), truth != 0, self.protocol)
         self._scores.setdefault(sequence, {})[frame_name] = score
 
     def merge(self, other: SaliencyEvaluator) -> None:
@@ -141,7 +152,7 @@ def _as_levels(prediction: Any) -> np.ndarray:
     return (array * 255).round().astype(np.uint8)
 
 
-def _resized(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def resized(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if levels.shape == shape:
         return levels
     return cv2.resize(levels, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
@@ -194,13 +205,13 @@ def evaluate_folder(
         )
 
     scores: dict[str, list[Scores]] = {}
-    resized: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     for done, ((_, record, _), (score, change)) in enumerate(
         zip(jobs, _map(jobs, workers), strict=True), start=1
     ):
         scores.setdefault(record.sequence, []).append(score)
         if change is not None:
-            resized[change] += 1
+            changes[change] += 1
         advance(completed=done, total=len(jobs))
     return summarise(
         scores,
@@ -210,7 +221,7 @@ def evaluate_folder(
         kept_whole=whole,
         missing=missing,
         strangers=strangers,
-        resized=resized,
+        resized=changes,
     )
 
 
@@ -251,7 +262,7 @@ def _score_file(job: tuple[Path, Record, Protocol]) -> tuple[Scores, str | None]
     if prediction.shape != mask.shape:
         (height, width), (to_height, to_width) = prediction.shape, mask.shape
         change = f"{width}x{height} to {to_width}x{to_height}"
-    return score_frame(_resized(prediction, mask.shape), mask != 0, protocol), change
+    return score_frame(resized(prediction, mask.shape), mask != 0, protocol), change
 
 
 def _check_folder(predictions: Path, records: Records) -> list[str]:

@@ -20,7 +20,8 @@ DUTS_SPLITS = ("train", "test")
 DUTS_COUNTS = {"train": Counts(10553, 10553, 10553), "test": Counts(5019, 5019, 5019)}
 IMAGES = ("images", "image", "Images", "Image", "Imgs", "imgs", "img", "JPEGImages")
 MASKS = (
-    "masks", "mask", "Masks", "Mask", "GT", "gt", "GT_object_level", "ground-truth", "Annotations",
+    "masks", "mask", "Masks", "Mask", "GT", "gt", "GT_object_level", "ground-truth",
+    "ground_truth_mask", "Annotations",
 )  # fmt: skip
 
 
@@ -32,11 +33,26 @@ def open_stills(
     masks: str | None = None,
     on_problem: OnProblem = fail,
 ) -> Records:
-    """`images` and `masks`: names of the two folders of `root`, where they are unusual ones."""
+    """`images` and `masks`: names of the two folders of `root`, where they are unusual ones.
+
+    split: a text file (.txt) with the names, without endings, of the pairs to take, one a line;
+    any other name takes all pairs.
+    """
     need_folder(root, "a folder of images and one of masks")
     image_folder = _folder(root, images, IMAGES, "images")
     mask_folder = _folder(root, masks, MASKS, "masks")
-    return _pairs("stills", split, image_folder, mask_folder, on_problem)
+    records = _pairs("stills", split, image_folder, mask_folder, on_problem)
+    return records.of_sequences(_listed(Path(split))) if split.endswith(".txt") else records
+
+
+def _listed(file: Path) -> list[str]:
+    try:
+        names = file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a readable list of names ({error})") from None
+    if not names:
+        raise InputError(f"{file}: a list without names")
+    return names
 
 
 def open_duts(root: Path, split: str, *, on_problem: OnProblem = fail) -> Records:
