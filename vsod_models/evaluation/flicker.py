@@ -68,7 +68,9 @@ def flow_between(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) 
         for frame in (first, second)
     ]
     flow = np.zeros((*shape, 2), np.float32)
-    return cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(small[0], small[1], flow)
+    return cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(
+        small[0], small[1], flow
+    )
 
 
 def change(first: np.ndarray, second: np.ndarray, flow: np.ndarray) -> float:
