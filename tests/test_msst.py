@@ -141,8 +141,8 @@ def test_stages_start_from_one_another():
     os_, st, full = small("os"), small("st"), small("full")
     for parameter in os_.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    st.load_stage(os_.state_dict())
-    full.load_stage(st.state_dict())
+    st.load_initial(os_.state_dict())
+    full.load_initial(st.state_dict())
     assert torch.equal(full.weight_s.weight, os_.weight_s.weight)
     with torch.no_grad():
         for part in (full.weight_t, full.read_out):  # all that is new turned off
@@ -150,11 +150,11 @@ def test_stages_start_from_one_another():
                 parameter.zero_()
         torch.testing.assert_close(full.eval()(frames, prior), os_.eval()(frames))
     with pytest.raises(InputError, match=r"first.pt: not weights of an earlier stage"):
-        os_.load_stage(st.state_dict(), "first.pt")
+        os_.load_initial(st.state_dict(), "first.pt")
     with pytest.raises(InputError, match=r"1 parameters missing.*weight_s.bias"):
         state = os_.state_dict()
         del state["weight_s.bias"]
-        st.load_stage(state)
+        st.load_initial(state)
 
 
 def test_disk(tmp_path):

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from .errors import InputError
-from .networks.saved import (
-    PretrainedModel,
-    build_model,
-    load_config,
-    load_folder,
-    load_state,
-    read_checkpoint,
-)
+from .networks.contract import SaliencyModel, Trainable
+from .networks.saved import build_model, load_config, load_folder, load_state, read_checkpoint
 
 SHIPPED = Path(__file__).parent / "weights"
-MODELS = {"mssa": "MSSA", "msst": "MSST"}  # file in networks/ -> class
+MODELS = {"mssa": "MSSA", "msst": "MSST"}  # a file in networks/, and its class
 
 
-def model_class(name: str) -> type[PretrainedModel]:
+def model_class(name: str) -> type[Trainable]:
     """The class of "mssa" or "msst"."""
     if name not in MODELS:
         raise InputError(f"model {name!r} is unknown; there are {' and '.join(MODELS)}")
     return getattr(import_module(f".networks.{name}", __package__), MODELS[name])
 
 
-def new_model(name: str, arguments: dict[str, Any], source: str) -> PretrainedModel:
-    """A model by name, without trained weights."""
-    return build_model(model_class(name), arguments, source)
-
-
-def load_model(source: str | Path) -> PretrainedModel:
+def load_model(source: str | Path) -> SaliencyModel:
     """A model in evaluation mode, on the CPU.
 
     Args:
@@ -40,7 +28,8 @@ def load_model(source: str | Path) -> PretrainedModel:
             or a checkpoint (.ckpt) of `vsod train`.
 
     Raises:
-        InputError: nothing of these, or a file that is damaged or belongs to another model.
+        InputError: it is none of these, it is a motion prior, or its files are damaged or belong
+            to another model.
     """
     path = Path(source)
     if not path.exists():
@@ -59,9 +48,9 @@ def load_model(source: str | Path) -> PretrainedModel:
     return load_folder(path, model_class(name)).eval()
 
 
-def _from_checkpoint(file: Path) -> PretrainedModel:
+def _from_checkpoint(file: Path) -> SaliencyModel:
     config, state = read_checkpoint(file)
     arguments = dict(config["model"])
-    model = new_model(arguments.pop("name", "mssa"), arguments, str(file))
+    model = build_model(model_class(arguments.pop("name", "mssa")), arguments, str(file))
     load_state(model, state, str(file))
     return model

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 POSITIVE_WEIGHTS = ("paper", "balanced", "none")
+
+
+@dataclass
+class LossOptions:
+    """What a recipe may say of the losses."""
+
+    positive_weight: str = "paper"  # of MSSA: one of POSITIVE_WEIGHTS
+    beta: float = 0.1  # of MSST: weight of the loss of O^T
 
 
 def weighted_bce(logits: Tensor, mask: Tensor, positive_weight: str = "paper") -> Tensor:

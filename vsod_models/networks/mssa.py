@@ -27,10 +27,11 @@ from vsod_ops import ShuntedAttention
 
 from ..errors import InputError
 from .backbones import Backbone
-from .saved import PretrainedModel
+from .contract import Loss, Trainable
+from .losses import LossOptions, mssa_loss
 
 
-class MSSA(PretrainedModel):
+class MSSA(Trainable):
     """The network; every argument is a part of its configuration and is saved with it.
 
     Args:
@@ -57,7 +58,6 @@ class MSSA(PretrainedModel):
     """
 
     outputs = "all"
-    needs_prior = False
 
     def __init__(
         self,
@@ -114,10 +114,11 @@ class MSSA(PretrainedModel):
     def forward(self, frames: Tensor) -> Tensor:
         return self.decode(self.encode(frames), frames.shape[-2:])
 
-    def encode(self, frames: Tensor) -> list[Tensor]:
+    def encode(self, frames: Tensor, prior: Tensor | None = None) -> list[Tensor]:
         """Maps of each frame alone: a window over a video can put them together again.
 
-        frames (B, T, 3, H, W) -> one (B, T, C, h, w) for each stride, finest first.
+        frames (B, T, 3, H, W) -> one (B, T, C, h, w) for each stride, finest first; `prior` is
+        not looked at.
         """
         if frames.dim() != 5 or frames.shape[2] != 3:
             raise ValueError(f"frames must be (B, T, 3, H, W), got shape {tuple(frames.shape)}")
@@ -146,6 +147,12 @@ class MSSA(PretrainedModel):
         padded = (max(height, least), max(width, least))
         x = F.interpolate(self.mask(x), padded, mode="bilinear", align_corners=False)
         return rearrange(x[..., :height, :width], "(b t) c h w -> b t c h w", b=batch)
+
+    def loss(self, batch: Mapping[str, Tensor], options: LossOptions) -> Loss:
+        logits, masks = self(batch["frames"]), batch["masks"]
+        weight = batch["valid"] * batch["weight"]
+        value = mssa_loss(logits, masks, weight, options.positive_weight)
+        return Loss(value, logits, masks, weight)
 
     def load_backbone(self, weights: str | Path) -> None:
         self.backbone.load_weights(weights)

@@ -25,8 +25,9 @@ from vsod_ops import ConvLSTM
 
 from ..errors import InputError
 from .backbones import MEAN, STD
+from .contract import Loss, Trainable
 from .fcn import build_fcn
-from .saved import PretrainedModel
+from .losses import LossOptions, msst_loss
 
 CONFIGURATIONS = ("os", "st", "full")
 PRIORS = ("flow-magnitude", "regions")
@@ -35,7 +36,7 @@ NEW_PARTS = {"os": ("spatial.", "weight_s."), "st": ("temporal.", "weight_t."),
              "full": ("lstm.", "read_out.")}  # fmt: skip
 
 
-class MSST(PretrainedModel):
+class MSST(Trainable):
     """The network; every argument is a part of its configuration and is saved with it.
 
     Args:
@@ -170,6 +171,12 @@ class MSST(PretrainedModel):
         maps = F.interpolate(maps, (height, width), mode="bilinear", align_corners=True)
         return maps[..., : size[0], : size[1]]
 
+    def loss(self, batch: Mapping[str, Tensor], options: LossOptions) -> Loss:
+        masks, weight = batch["masks"][:, -1], (batch["valid"] * batch["weight"])[:, -1]
+        logits, auxiliary = self(batch["frames"], batch["prior"] if self.needs_prior else None)
+        value = msst_loss(logits, auxiliary, masks, weight, options.beta)
+        return Loss(value, logits, masks, weight)
+
     def load_backbone(self, weights: str | Path) -> None:
         """ImageNet weights for both streams, by name or file; see `FCN.load_weights`."""
         self.spatial.network.load_weights(weights)
@@ -181,7 +188,7 @@ class MSST(PretrainedModel):
         streams = [self.spatial, self.temporal] if self.needs_prior else [self.spatial]
         return [p for stream in streams for p in stream.network.parameters()]
 
-    def load_stage(self, state: Mapping[str, Tensor], source: str = "state") -> None:
+    def load_initial(self, state: Mapping[str, Tensor], source: str = "state") -> None:
         """Starts from the weights of an earlier stage: "os" for "st", "os" or "st" for "full".
 
         Parts that the earlier stage does not have keep what they have.

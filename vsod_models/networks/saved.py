@@ -6,13 +6,15 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from ..errors import InputError
+
+M = TypeVar("M", bound="PretrainedModel")
 
 
 class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the library is missing
@@ -25,22 +27,6 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
 
     The class is written into config.json beside its arguments, so that `load_model` finds it.
     """
-
-    clip_length: int  # frames of a clip in training, and of a window in prediction
-    image_size: tuple[int, int]  # (height, width) it is trained at
-    outputs: Literal["all", "last"]  # which frames of a window get a mask
-    needs_prior: bool  # whether it takes a motion prior beside the frames
-    # Frames keep their aspect ratio: prediction resizes them to about as many pixels as
-    # `image_size` has, with sides that are multiples of this.  None: to `image_size` itself.
-    side_multiple: int | None = None
-
-    def load_backbone(self, weights: str | Path) -> None:
-        """ImageNet weights: a torchvision name or a file; see `Backbone.load_weights`."""
-        raise NotImplementedError
-
-    def backbone_parameters(self) -> list[nn.Parameter]:
-        """What `load_backbone` fills; it may train at another rate than the rest."""
-        raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -63,7 +49,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_folder(folder: Path, cls: type[PretrainedModel]) -> PretrainedModel:
+def load_folder(folder: Path, cls: type[M]) -> M:
     """A model of this class from a folder of `save_pretrained`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -97,9 +83,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     return config, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def build_model(
-    cls: type[PretrainedModel], arguments: Mapping[str, Any], source: str
-) -> PretrainedModel:
+def build_model(cls: type[M], arguments: Mapping[str, Any], source: str) -> M:
     """The model with its arguments; an argument that it does not have is named."""
     known = inspect.signature(cls.__init__).parameters
     for key in arguments:
@@ -114,7 +98,7 @@ def build_model(
         raise InputError(f"{source}: {error}") from None
 
 
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
     """Weights into a model; those of another model are refused in one line."""
     wanted = model.state_dict()
     missing = [k for k in wanted if k not in state]

@@ -23,9 +23,7 @@ def load_prior(source: str | Path) -> PriorSource:
     kind = load_config(folder)["model"]
     if kind != "motionprior":
         raise InputError(f"{source}: a model of kind {kind}, not a motion prior")
-    model = load_folder(folder, MotionPrior).eval()
-    assert isinstance(model, MotionPrior)
-    return model
+    return load_folder(folder, MotionPrior).eval()
 
 
 def prior_of(model: str | Path) -> str:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..data.transforms import Augmentation
 from ..errors import InputError
+from ..networks.losses import LossOptions
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -59,12 +60,6 @@ class DataConfig:
 
 
 @dataclass
-class LossConfig:
-    positive_weight: str = "paper"  # of MSSA; or "balanced", "none"
-    beta: float = 0.1  # of MSST: weight of the loss of O^T
-
-
-@dataclass
 class OptimizerConfig:
     learning_rate: float = 1e-5
     backbone_factor: float = 1.0  # learning rate of the backbone, relative
@@ -90,7 +85,7 @@ class Config:
     # stage, whose weights then replace those of the backbone where it has them.
     initial: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossOptions = field(default_factory=LossOptions)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     iterations: int = 100_000
     batch_size: int = 4  # clips, on each device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import os
@@ -23,13 +24,13 @@ from torch.utils.data import DataLoader
 
 from ..errors import InputError
 from ..files import whole_file
-from ..networks.losses import POSITIVE_WEIGHTS, mssa_loss, msst_loss
-from ..networks.msst import MSST
-from ..networks.saved import PretrainedModel, load_state
+from ..networks.contract import Trainable
+from ..networks.losses import POSITIVE_WEIGHTS
+from ..networks.saved import build_model
 from ..prior.flow import FLOW_MAGNITUDE
 from ..prior.load import load_prior
 from ..prior.regions import MotionPrior
-from ..zoo import load_model, new_model
+from ..zoo import load_model, model_class
 from .recipe import Config, plain
 from .samples import Progress, SampleNumbers, make_dataset, silent
 from .validation import Validation
@@ -38,9 +39,9 @@ from .validation import Validation
 class Task(lightning.LightningModule):
     """One iteration of a model: loss, optimiser, what is logged."""
 
-    def __init__(self, model: PretrainedModel, config: Config):
+    def __init__(self, model: Trainable, config: Config):
         super().__init__()
-        self.model: PretrainedModel = model
+        self.model: Trainable = model
         self.config = config
         for name in config.optimizer.freeze:
             try:
@@ -68,21 +69,12 @@ class Task(lightning.LightningModule):
                         mean.copy_(now)
 
     @property
-    def result(self) -> PretrainedModel:
+    def result(self) -> Trainable:
         """What is validated and saved."""
         return self.average if self.config.optimizer.average else self.model
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        options = self.config.loss
-        masks, weight = batch["masks"], batch["valid"] * batch["weight"]
-        if self.model.outputs == "last":
-            masks, weight = masks[:, -1], weight[:, -1]
-            prior = batch["prior"] if self.model.needs_prior else None
-            logits, auxiliary = self.model(batch["frames"], prior)
-            loss = msst_loss(logits, auxiliary, masks, weight, options.beta)
-        else:
-            logits = self.model(batch["frames"])
-            loss = mssa_loss(logits, masks, weight, options.positive_weight)
+        loss, logits, masks, weight = self.model.loss(batch, self.config.loss)
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss is not finite at iteration {self.global_step}: a lower "
@@ -137,23 +129,20 @@ class WholeCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
 
-def make_model(config: Config) -> PretrainedModel:
+def make_model(config: Config) -> Trainable:
     """The model of a recipe with its initial weights, the same on every device."""
     torch.manual_seed(config.seed)
     arguments = dict(config.model)
     name = str(arguments.pop("name", "mssa"))
-    if name == "msst":
+    cls = model_class(name)
+    if "prior" in inspect.signature(cls).parameters:
         flow = config.data.prior == FLOW_MAGNITUDE
         arguments.setdefault("prior", FLOW_MAGNITUDE if flow else "regions")
-    model = new_model(name, arguments, "recipe")
+    model = build_model(cls, arguments, "recipe")
     if config.backbone_weights is not None:
         model.load_backbone(config.backbone_weights)
     if config.initial is not None:
-        initial = load_model(config.initial).state_dict()
-        if isinstance(model, MSST):  # of an earlier stage, which may have fewer parts
-            model.load_stage(initial, config.initial)
-        else:
-            load_state(model, initial, config.initial)
+        model.load_initial(load_model(config.initial).state_dict(), config.initial)
     return model
 
 

@@ -14,7 +14,7 @@ from ..data import Records, open_dataset
 from ..data.clips import ClipDataset
 from ..errors import InputError
 from ..labels.coarse import with_coarse_labels
-from ..networks.saved import PretrainedModel
+from ..networks.contract import SaliencyModel
 from ..prior.cache import make_priors
 from ..prior.load import load_prior
 from .recipe import Config, DataConfig, Shape, Source
@@ -89,7 +89,7 @@ def silent(title: str, total: int) -> Iterator[Callable[[], object]]:
     yield lambda: None
 
 
-def make_dataset(config: Config, model: PretrainedModel, progress: Progress = silent) -> Mix:
+def make_dataset(config: Config, model: SaliencyModel, progress: Progress = silent) -> Mix:
     """The training mix, with motion priors where the model needs them (made on first use)."""
     data = config.data
     if not data.train:

@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from ..data import Records
-from ..networks.saved import PretrainedModel
+from ..networks.contract import SaliencyModel
 from ..prior.flow import frame_prior
 from ..prior.load import load_prior
 from .recipe import Config
@@ -46,7 +46,7 @@ class Validation(Callback):
 
 
 def validate(
-    model: PretrainedModel,
+    model: SaliencyModel,
     records: Records,
     prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
