@@ -1,4 +1,4 @@
-"""The one error that users are meant to see."""
+"""The one error that users are meant to see, and how it is told."""
 
 
 class InputError(Exception):
@@ -7,3 +7,10 @@ class InputError(Exception):
     The message is one line that names the argument or the file, what it is and what it has to be.
     The command `vsod` prints it without a traceback and exits with 2.
     """
+
+
+def describe(error: Exception) -> str:
+    """One line for an error; the file first, where there is one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return " ".join(str(error).split())

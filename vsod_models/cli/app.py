@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, describe
 from .data import check, prepare, synthetic
 from .evaluate import evaluate
 from .example import example
@@ -18,6 +18,7 @@ from .label import coarse
 from .predict import predict
 from .prior import make
 from .prior import train as train_prior
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("predict")(predict)
 app.command("example")(example)
+app.command("serve")(serve)
 data_app.command("check")(check)
 data_app.command("prepare")(prepare)
 data_app.command("synthetic")(synthetic)
@@ -59,10 +61,3 @@ def main(argv: list[str] | None = None) -> NoReturn:
         print(f"vsod: {describe(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
-
-
-def describe(error: Exception) -> str:
-    """One line for an error; the file first, where there is one."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
-    return " ".join(str(error).split())

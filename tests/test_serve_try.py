@@ -1,0 +1,165 @@
+"""The Try page of `vsod serve` in a real browser."""
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+pytest.importorskip("av", reason="the extra `models` is not installed")
+pytest.importorskip("torchvision", reason="the extra `models` is not installed")
+
+from browser import Served, browser, opened  # noqa: F401
+from clips import decode, make_video, sound_packets
+
+PIXEL = """([x, y]) => {
+    const canvas = document.getElementById("screen");
+    const at = [Math.floor(x * canvas.width), Math.floor(y * canvas.height)];
+    return [...canvas.getContext("2d").getImageData(...at, 1, 1).data].slice(0, 3);
+}"""
+
+
+@pytest.fixture(scope="module")
+def served():
+    with Served() as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser, served):  # noqa: F811
+    with opened(browser, served.address, accept_downloads=True) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return make_video(tmp_path_factory.mktemp("film") / "my film.mp4", 20, (96, 64), sound="aac")
+
+
+def tops(page):
+    """Where things are on the page."""
+    return page.evaluate(
+        "['drop', 'play', 'edge', 'run', 'status', 'downloads', 'queue'].map("
+        "(id) => [id, document.getElementById(id).getBoundingClientRect().top + scrollY])"
+    )
+
+
+def test_upload_to_played_result(page, film, tmp_path):
+    page.set_input_files("#file", str(film))
+    page.wait_for_selector("#run:enabled")
+    assert "96x64, 20 frames, 25 a second, with sound" in page.inner_text("#clip")
+    page.select_option("#view", "mask")
+    before = tops(page)
+    page.click("#run")
+    page.wait_for_function("document.getElementById('status').textContent.includes('frames/s')")
+    assert tops(page) == before  # nothing jumps while it works
+    page.wait_for_selector("#downloads button")
+    assert tops(page) == before
+    assert "20 of 20 frames" in page.inner_text("#status")
+    assert "device cpu" in page.inner_text("#runs-on")
+    page.wait_for_function("Number(document.getElementById('scrub').value) > 0.2")  # it plays
+    page.click("#play")
+    page.fill("#scrub", "0.4")
+    page.wait_for_function("document.getElementById('clock').value === '0:00.4'")
+    page.wait_for_timeout(300)
+    page.fill("#edge", "1")
+    original = page.evaluate(PIXEL, [0.45, 0.3])
+    assert original[0] > 150 and original[2] < 100, original  # the red square
+    page.fill("#edge", "0")
+    result = page.evaluate(PIXEL, [0.45, 0.3])
+    assert max(result) - min(result) < 12, result  # a mask is grey
+    page.check("text=Side by side")
+    assert page.evaluate(PIXEL, [0.225, 0.3])[0] > 150
+    page.select_option("#view", "overlay")  # made of the same masks
+    page.wait_for_selector("#downloads button")
+    with page.expect_download() as saved:
+        page.click("[data-format=mp4]")
+    assert saved.value.suggested_filename == "my film-overlay.mp4"
+    made = tmp_path / "made.mp4"
+    saved.value.save_as(made)
+    assert len(decode(made)[0]) == 20 and sound_packets(made)
+    page.select_option("#view", "matte")
+    page.wait_for_selector("[data-format=mp4]:disabled")
+
+
+def test_cancel(page, tmp_path):
+    page.set_input_files("#file", str(make_video(tmp_path / "long.mp4", 900)))
+    page.click("#run:enabled")
+    page.wait_for_function("document.getElementById('status').textContent.includes('frames/s')")
+    page.click("#run")
+    waiting = page.locator("#queue li", has_text="long.mp4: waiting")
+    waiting.wait_for()
+    waiting.get_by_role("button", name="Cancel").click()
+    running = page.locator("#queue li", has_text="long.mp4: running")
+    running.get_by_role("button", name="Cancel").click()
+    page.wait_for_function("!/running|waiting/.test(document.getElementById('queue').textContent)")
+    assert page.inner_text("#status") == "Cancelled."
+    assert not page.locator("#downloads button").count()
+
+
+def test_a_corrupt_file(page, film, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(film.read_bytes()[:2000])
+    page.set_input_files("#file", str(broken))
+    error = page.locator("#error")
+    error.filter(has_text="broken.mp4:").wait_for()
+    assert str(tmp_path) not in error.inner_text() and "/" not in error.inner_text()
+    page.set_input_files("#file", str(film))  # and on it goes
+    page.wait_for_selector("#run:enabled")
+    assert error.inner_text() == ""
+
+
+def test_a_dropped_picture(page):
+    page.evaluate("""async () => {
+        const canvas = Object.assign(document.createElement("canvas"), {width: 80, height: 60});
+        const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+        const data = new DataTransfer();
+        data.items.add(new File([blob], "dog.png"));
+        document.getElementById("drop").dispatchEvent(
+            new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+    }""")
+    page.click("#run:enabled")
+    page.wait_for_selector("#downloads button")
+    with page.expect_download() as saved:
+        page.click("[data-format=png]")
+    assert saved.value.suggested_filename == "dog-overlay.png"
+
+
+def test_keyboard_alone(page):
+    def tab_to(name):
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id") == name:
+                return
+        raise AssertionError(f"no Tab leads to {name}")
+
+    tab_to("example")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#run:enabled:focus")  # the next thing to do
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('status').textContent.includes('frames/s')")
+    tab_to("cancel")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('status').textContent === 'Cancelled.'")
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
+def test_fits_and_has_names(browser, served, width, scheme):  # noqa: F811
+    size = {"width": width, "height": 800}
+    with opened(browser, served.address, viewport=size, color_scheme=scheme) as page:
+        page.wait_for_selector("#model option", state="attached")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        nameless = page.evaluate("""[...document.querySelectorAll("button, select, input")]
+            .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
+            .map((one) => one.id)""")
+        assert nameless == []
+
+
+def test_nothing_is_loaded_from_elsewhere(browser, served):  # noqa: F811
+    with opened(browser, "about:blank", bypass_csp=False) as page:
+        asked, told = [], []
+        page.on("console", lambda message: told.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(served.address)
+        page.wait_for_selector("#model option", state="attached")
+        page.click("#example")
+        page.wait_for_selector("#run:enabled")
+        assert asked and all(url.startswith(served.address) for url in asked)
+        assert told == []  # such as a breach of the policy

@@ -1,0 +1,1 @@
+"""`vsod serve`: a page to try models on, and one to correct coarse labels by hand."""

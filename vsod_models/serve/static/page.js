@@ -1,0 +1,4 @@
+import { json } from "./server.js";
+import { startTry } from "./try.js";
+
+startTry(await json("/api/about"));
