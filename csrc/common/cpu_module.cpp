@@ -8,11 +8,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu_level.h"
+#include "kernel.h"
+#include "levels.h"
 #include "parallel.h"
 #include "peak.h"
 
 namespace vsod {
+
+VSOD_LEVEL_TABLES(PeakLoop, peak_loops)
 
 namespace {
 
@@ -40,22 +43,17 @@ CpuLevel detect() {
       return CpuLevel(i);
     }
   throw std::runtime_error(std::string("VSOD_OPS_SIMD must be portable, avx2, avx512 or "
-                                       "avx512bf16, got ") + forced);
+                                       "avx512bf16, got ") +
+                           forced);
 }
 
 // Floating-point operations a second that registers alone can do, all threads together.
 double peak_flops(const std::string& dtype) {
   if (dtype != "float32" && dtype != "bfloat16")
     throw std::invalid_argument("peak_flops: dtype must be float32 or bfloat16, got " + dtype);
-  double (*loop)(int64_t) = portable::multiply_add_loop;
-#if defined(VSOD_X86_LEVELS)
-  if (cpu_level() >= CpuLevel::kAvx2) loop = avx2::multiply_add_loop;
-  if (cpu_level() >= CpuLevel::kAvx512) loop = avx512::multiply_add_loop;
-  if (cpu_level() == CpuLevel::kAvx512Bf16 && dtype == "bfloat16")
-    loop = avx512bf16::multiply_add_loop;
-#endif
+  const PeakLoop loop = peak_loops(dtype == "float32" ? kFloat32 : kBFloat16);
   struct Context {
-    double (*loop)(int64_t);
+    PeakLoop loop;
     double flops;
   };
   double best = 0;

@@ -1,10 +1,13 @@
 // The arithmetic ceiling of one SIMD level: 12 independent chains of multiply-adds in registers.
 #include "peak.h"
 
+#include "kernel.h"
 #include "simd.h"
 
 namespace vsod {
 namespace VSOD_LEVEL {
+
+namespace {
 
 double multiply_add_loop(int64_t steps) {
   constexpr int kChains = 12;
@@ -35,6 +38,15 @@ double multiply_add_loop(int64_t steps) {
   (void)sink;
   return kFlops * kLanes<float> * kChains * double(steps);
 }
+
+}  // namespace
+
+extern const PeakLoop peak_loops[];
+#if defined(__AVX512BF16__)
+const PeakLoop peak_loops[] = {nullptr, nullptr, nullptr, multiply_add_loop};
+#else
+const PeakLoop peak_loops[] = {multiply_add_loop, nullptr, nullptr, multiply_add_loop};
+#endif
 
 }  // namespace VSOD_LEVEL
 }  // namespace vsod

@@ -5,18 +5,8 @@
 
 namespace vsod {
 
-// Runs `steps` steps and returns the floating-point operations done.
-namespace portable {
-double multiply_add_loop(int64_t steps);
-}
-namespace avx2 {
-double multiply_add_loop(int64_t steps);
-}
-namespace avx512 {
-double multiply_add_loop(int64_t steps);
-}
-namespace avx512bf16 {
-double multiply_add_loop(int64_t steps);
-}
+// Runs `steps` steps and returns the floating-point operations done.  Each level has a table
+// `peak_loops` of them by Dtype, kFloat32 and kBFloat16 of which matter.
+using PeakLoop = double (*)(int64_t steps);
 
 }  // namespace vsod

@@ -69,6 +69,8 @@ VSOD_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+VSOD_INLINE Vec<float> absolute(Vec<float> x) { return Vec<float>(Vec<int32_t>(x) & 0x7fffffff); }
+
 // Lanes below `count` from v, the others `fill`.
 VSOD_INLINE Vec<float> keep_first(Vec<float> v, int count, float fill) {
   Vec<int32_t> lane = {};
@@ -104,8 +106,7 @@ VSOD_INLINE T horizontal_max(Vec<T> v) {
 template <class T, int kStep, int... kLane>
 VSOD_INLINE void exchange(Vec<T>& a, Vec<T>& b, Indices<kLane...>) {
   constexpr int kN = sizeof...(kLane);
-  const Vec<T> low =
-      __builtin_shufflevector(a, b, (kLane & kStep ? kN + kLane - kStep : kLane)...);
+  const Vec<T> low = __builtin_shufflevector(a, b, (kLane & kStep ? kN + kLane - kStep : kLane)...);
   b = __builtin_shufflevector(a, b, (kLane & kStep ? kN + kLane : kLane + kStep)...);
   a = low;
 }

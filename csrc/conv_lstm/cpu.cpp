@@ -13,25 +13,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/cpu_level.h"
+#include "../common/levels.h"
 #include "../common/parallel.h"
+#include "../common/tensors.h"
 
 namespace vsod {
 
-namespace portable {
-extern const conv_lstm::Kernel conv_lstm_kernels[];
-}
-#if defined(VSOD_X86_LEVELS)
-namespace avx2 {
-extern const conv_lstm::Kernel conv_lstm_kernels[];
-}
-namespace avx512 {
-extern const conv_lstm::Kernel conv_lstm_kernels[];
-}
-namespace avx512bf16 {
-extern const conv_lstm::Kernel conv_lstm_bfloat16_kernel;
-}
-#endif
+VSOD_LEVEL_TABLES(const conv_lstm::Kernel*, conv_lstm_kernels)
 
 namespace conv_lstm {
 namespace {
@@ -42,31 +30,8 @@ using Optional = std::optional<Tensor>;
 
 enum Save { kSaveNothing, kSaveCells, kSaveGates };
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::Double: return kFloat64;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::BFloat16: return kBFloat16;
-    default: STD_TORCH_CHECK(false, "conv_lstm: x has a dtype that it does not take");
-  }
-}
-
-const Kernel& kernel_for(Dtype dtype) {
-  switch (cpu_level()) {
-#if defined(VSOD_X86_LEVELS)
-    case CpuLevel::kAvx512Bf16:
-      return dtype == kBFloat16 ? avx512bf16::conv_lstm_bfloat16_kernel
-                                : avx512::conv_lstm_kernels[dtype];
-    case CpuLevel::kAvx512: return avx512::conv_lstm_kernels[dtype];
-    case CpuLevel::kAvx2: return avx2::conv_lstm_kernels[dtype];
-#endif
-    default: return portable::conv_lstm_kernels[dtype];
-  }
-}
-
-ScalarType state_type(Dtype dtype) {
-  return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
+const Kernel& kernel_for(const Tensor& x) {
+  return *conv_lstm_kernels(dtype_of("conv_lstm", "x", x));
 }
 
 Frames frames(const Tensor& x) {
@@ -95,7 +60,7 @@ Problem problem_of(const Tensor& x, const Optional& h, const Optional& c, const 
   p.height = x.size(3), p.width = x.size(4);
   p.hidden = weight_hh.size(1), p.kernel = weight_hh.size(2), p.dilation = dilation;
   STD_TORCH_CHECK(p.hidden >= 1 && p.kernel % 2 == 1, "conv_lstm: weight_hh has an even kernel");
-  const ScalarType type = x.scalar_type(), state = state_type(dtype_of(x));
+  const ScalarType type = x.scalar_type(), state = compute_type(x);
   const int64_t m = p.hidden, k = p.kernel;
   check(x, h, "h", type, {p.batch, m, p.height, p.width});
   check(x, c, "c", state, {p.batch, m, p.height, p.width});
@@ -103,9 +68,9 @@ Problem problem_of(const Tensor& x, const Optional& h, const Optional& c, const 
   check(x, weight_hh, "weight_hh", type, {4 * m, m, k, k});
   check(x, bias, "bias", type, {4 * m});
   p.full_peephole = peephole && peephole->dim() == 4;
-  check(x, peephole, "weight_peephole", type,
-        p.full_peephole ? std::vector<int64_t>{3, m, p.height, p.width}
-                        : std::vector<int64_t>{3, m});
+  check(
+      x, peephole, "weight_peephole", type,
+      p.full_peephole ? std::vector<int64_t>{3, m, p.height, p.width} : std::vector<int64_t>{3, m});
   p.x = frames(x);
   p.h = data_of(h), p.c = data_of(c);
   p.weight_ih = weight_ih.data_ptr(), p.weight_hh = weight_hh.data_ptr();
@@ -114,14 +79,12 @@ Problem problem_of(const Tensor& x, const Optional& h, const Optional& c, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, Optional h, Optional c,
-                                                   const Tensor& weight_ih,
-                                                   const Tensor& weight_hh, Optional bias,
-                                                   Optional peephole, int64_t dilation,
-                                                   int64_t save) {
+                                                   const Tensor& weight_ih, const Tensor& weight_hh,
+                                                   Optional bias, Optional peephole,
+                                                   int64_t dilation, int64_t save) {
   Problem p = problem_of(x, h, c, weight_ih, weight_hh, bias, peephole, dilation);
-  const Dtype dtype = dtype_of(x);
-  const Kernel& kernel = kernel_for(dtype);
-  const ScalarType state = state_type(dtype);
+  const Kernel& kernel = kernel_for(x);
+  const ScalarType state = compute_type(x);
   const auto empty = [&](bool wanted, std::vector<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(x, wanted ? shape : std::vector<int64_t>{0}, type);
   };
@@ -131,11 +94,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, Optional h, 
   Tensor cells = empty(save >= kSaveCells, {b, t - 1, m, height, width}, state);
   Tensor gates = empty(save == kSaveGates, {b, t, 4 * m, height, width}, x.scalar_type());
   Tensor weights = empty(true, {kernel.forward_weights(p)}, state);
+  Tensor offsets = empty(true, {p.kernel * p.kernel}, ScalarType::Long);
   p.out = out.data_ptr(), p.c_last = c_last.data_ptr(), p.weights = weights.data_ptr();
+  p.offsets = static_cast<int64_t*>(offsets.data_ptr());
   // Where cells are not kept, the running state lives in c_last.
   p.cells = save >= kSaveCells ? cells.data_ptr() : nullptr;
   p.gates = save == kSaveGates ? gates.data_ptr() : nullptr;
-  kernel.forward(p, on_each_thread);
+  check_memory("conv_lstm", kernel.forward(p, on_each_thread));
   return {out, c_last, cells, gates};
 }
 
@@ -146,9 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& out, const Tensor& c_last, const Tensor& cells, const Tensor& gates,
     int64_t dilation, std::vector<bool> needs) {
   Problem p = problem_of(x, h, c, weight_ih, weight_hh, bias, peephole, dilation);
-  const Dtype dtype = dtype_of(x);
-  const Kernel& kernel = kernel_for(dtype);
-  const ScalarType type = x.scalar_type(), state = state_type(dtype);
+  const Kernel& kernel = kernel_for(x);
+  const ScalarType type = x.scalar_type(), state = compute_type(x);
   const int64_t b = p.batch, t = p.steps, m = p.hidden, height = p.height, width = p.width;
   STD_TORCH_CHECK(needs.size() == 7, "conv_lstm: needs must have 7 elements");
   check(x, out, "out", type, {b, t, m, height, width});
@@ -189,19 +153,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dweight_ih = gradient(needs[3], {4 * m, p.channels, k, k}, state, &p.dweight_ih);
   Tensor dweight_hh = gradient(needs[4], {4 * m, m, k, k}, state, &p.dweight_hh);
   Tensor dbias = gradient(needs[5] && bias, {4 * m}, state, &p.dbias);
-  Tensor dpeephole = gradient(needs[6] && peephole,
-                              p.full_peephole ? std::vector<int64_t>{3, m, height, width}
-                                              : std::vector<int64_t>{3, m},
-                              state, &p.dpeephole);
+  Tensor dpeephole = gradient(
+      needs[6] && peephole,
+      p.full_peephole ? std::vector<int64_t>{3, m, height, width} : std::vector<int64_t>{3, m},
+      state, &p.dpeephole);
   if (p.dpeephole) torch::stable::zero_(dpeephole);
 
   Tensor weights = torch::stable::new_empty(x, {p.gates ? 0 : kernel.forward_weights(p)}, state);
   Tensor back_weights = torch::stable::new_empty(x, {kernel.backward_weights(p)}, state);
   p.groups = kernel.groups(p);
   Tensor sums = torch::stable::new_zeros(x, {p.groups * kernel.group_sums(p)}, state);
+  Tensor offsets = torch::stable::new_empty(x, {k * k}, ScalarType::Long);
+  p.offsets = static_cast<int64_t*>(offsets.data_ptr());
   p.weights = weights.data_ptr(), p.sums = sums.data_ptr();
   p.backward_weights = back_weights.data_ptr();
-  kernel.backward(p, on_each_thread);
+  check_memory("conv_lstm", kernel.backward(p, on_each_thread));
   return {dx, dh, dc, dweight_ih, dweight_hh, dbias, dpeephole};
 }
 
@@ -209,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 std::tuple<Tensor, Tensor> activate(const Tensor& x) {
   STD_TORCH_CHECK(x.is_contiguous(), "conv_lstm_activate: x must be contiguous");
   Tensor sigmoid = torch::stable::empty_like(x), tanh = torch::stable::empty_like(x);
-  kernel_for(dtype_of(x)).activate(x.data_ptr(), sigmoid.data_ptr(), tanh.data_ptr(), x.numel());
+  kernel_for(x).activate(x.data_ptr(), sigmoid.data_ptr(), tanh.data_ptr(), x.numel());
   return {sigmoid, tanh};
 }
 

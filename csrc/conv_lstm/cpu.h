@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "../common/kernel.h"
+
 namespace vsod {
 namespace conv_lstm {
 
@@ -21,34 +23,31 @@ struct Problem {
   bool full_peephole;                  // one weight a pixel
   void *out, *c_last, *cells, *gates;  // as in op.py; cells, gates null where not kept
   void* weights;                       // forward_weights() S
+  int64_t* offsets;                    // kernel * kernel: of the taps in a packed plane
 
   // Backward only.  A null gradient is not needed.
   Frames grad_out;
-  const void* grad_c;        // (B, M, H, W) S; null: zeros
-  void* dc_of[2];            // (B, M, H, W) S: gradients of c_t, even and odd t; [0] ends as dc
-  void* dh_of[2];            // the same of h_t, t > 0; a batch is dh_batch elements
+  const void* grad_c;  // (B, M, H, W) S; null: zeros
+  void* dc_of[2];      // (B, M, H, W) S: gradients of c_t, even and odd t; [0] ends as dc
+  void* dh_of[2];      // the same of h_t, t > 0; a batch is dh_batch elements
   int64_t dh_batch[2];
-  void *dx, *dh;             // N
+  void *dx, *dh;                                      // N
   void *dweight_ih, *dweight_hh, *dbias, *dpeephole;  // S; a full dpeephole starts as zeros
-  int64_t groups;            // shares of the tiles whose weight gradients are summed apart
-  void* sums;                // groups * group_sums() S, zeros
-  void* backward_weights;    // backward_weights() S
+  int64_t groups;          // shares of the tiles whose weight gradients are summed apart
+  void* sums;              // groups * group_sums() S, zeros
+  void* backward_weights;  // backward_weights() S
 };
-
-// Runs body(context) once on each thread of torch's pool.
-using Parallel = void (*)(void (*body)(void* context), void* context);
 
 struct Kernel {
   int64_t (*forward_weights)(const Problem&);   // elements
   int64_t (*backward_weights)(const Problem&);  // elements
   int64_t (*group_sums)(const Problem&);        // elements
   int64_t (*groups)(const Problem&);
-  void (*forward)(const Problem&, Parallel);
-  void (*backward)(const Problem&, Parallel);
+  // Both return 0, or the bytes of scratch that there is no memory for.
+  int64_t (*forward)(const Problem&, Parallel);
+  int64_t (*backward)(const Problem&, Parallel);
   void (*activate)(const void* x, void* sigmoid, void* tanh, int64_t count);  // S; for tests
 };
-
-enum Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kDtypeCount };
 
 }  // namespace conv_lstm
 }  // namespace vsod

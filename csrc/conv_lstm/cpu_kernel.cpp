@@ -15,10 +15,10 @@
 //                  convolutions and for the weight gradients.  Along the width lie the lanes.
 //     backward     step t, from the last, one pass.  A task is a strip of rows, taken in bands.
 //                  The gate gradients of a band, and of the rows around it that the kernel
-//                  reaches, are made from the saved state into a window in scratch, out of which come
-//                  dh_{t-1}, dx_t and the weight gradients.  So from step to step only the images
-//                  dh and dc pass, and no gate gradient reaches memory; the price is that those
-//                  of the rows between two strips are made twice.
+//                  reaches, are made from the saved state into a window in scratch, out of which
+//                  come dh_{t-1}, dx_t and the weight gradients.  So from step to step only the
+//                  images dh and dc pass, and no gate gradient reaches memory; the price is that
+//                  those of the rows between two strips are made twice.
 //     weights      dW[g, plane, tap] = sum over pixels of dgates[g] * plane shifted by the tap:
 //                  weight_block, rows are planes (broadcast), lanes are gates, the depth is the
 //                  pixels of the band, whose gate gradients are transposed for it.
@@ -26,8 +26,6 @@
 // added in order, so the bits do not depend on the threads.
 
 #include "cpu.h"
-
-#include <stdlib.h>
 
 #include "../common/scratch.h"
 #include "../common/simd.h"
@@ -45,12 +43,12 @@ constexpr int kMaxVectors = 6;  // 4 x 6 sums + 6 operands + 1 broadcast of 32 r
 constexpr int kMaxVectors = 3;  // 4 x 3 sums + 3 operands + 1 broadcast of 16 registers
 #endif
 constexpr int kOutputs = 4;
-constexpr int kWeightRows = 8;               // planes in one weight_block
-constexpr int64_t kTileBytes = 448 * 1024;   // scratch of one task: fits a 1 MB L2 with its streams
-constexpr int64_t kDepthPixels = 256;        // pixels of one weight_block: its operands fit L1
-constexpr int64_t kSumBytes = 8 << 20;       // of all groups together
+constexpr int kWeightRows = 8;              // planes in one weight_block
+constexpr int64_t kTileBytes = 448 * 1024;  // scratch of one task: fits a 1 MB L2 with its streams
+constexpr int64_t kDepthPixels = 256;       // pixels of one weight_block: its operands fit L1
+constexpr int64_t kSumBytes = 8 << 20;      // of all groups together
 constexpr int64_t kMostGroups = 64, kFewestGroups = 4;
-constexpr int64_t kMostBand = 4;             // times the rows that are made together
+constexpr int64_t kMostBand = 4;  // times the rows that are made together
 constexpr int64_t kStripRows = 16, kRecomputedStripRows = 32;
 
 // ------------------------------------------------------------------ loads and stores
@@ -134,10 +132,6 @@ VSOD_INLINE ExpParts exp_parts(Vec<float> x) {
   return {Vec<float>(exponent), p};
 }
 
-VSOD_INLINE Vec<float> absolute(Vec<float> x) {
-  return Vec<float>(Vec<int32_t>(x) & 0x7fffffff);
-}
-
 // A value as a quotient, not divided yet: products of quotients need one division.
 template <class S>
 struct Quotient {
@@ -175,7 +169,7 @@ VSOD_INLINE Quotient<double> tanh_of(Vec<double> x) {
 // sums[j][v] = sum over planes and taps of weights[plane][tap][j] * in[plane][offset of tap + v]
 // for kOutputs outputs and V vectors of pixels.
 template <class S, int V>
-void conv_block(const S* in, int64_t plane_stride, int64_t planes, const int32_t* offsets,
+void conv_block(const S* in, int64_t plane_stride, int64_t planes, const int64_t* offsets,
                 int64_t taps, const S* weights, S* sums) {
   constexpr int kN = kLanes<S>;
   Vec<S> sum[kOutputs][V] = {};
@@ -203,7 +197,7 @@ void conv_block(const S* in, int64_t plane_stride, int64_t planes, const int32_t
 
 template <class S>
 VSOD_INLINE void conv(int vectors, const S* in, int64_t plane_stride, int64_t planes,
-                      const int32_t* offsets, int64_t taps, const S* weights, S* sums) {
+                      const int64_t* offsets, int64_t taps, const S* weights, S* sums) {
   switch (vectors) {
     case 1: return conv_block<S, 1>(in, plane_stride, planes, offsets, taps, weights, sums);
     case 2: return conv_block<S, 2>(in, plane_stride, planes, offsets, taps, weights, sums);
@@ -302,28 +296,26 @@ struct Layout {
   static constexpr int kN = kLanes<S>;
   bool paired;
   int64_t kernel, dilation;
-  int64_t reach;         // of the kernel, in pixels
-  int64_t margin;        // of the first pixel in a packed row
-  int64_t pitch;         // of a packed row, which is [reach, pitch + reach): its right border lies
-                         // where the left margin of the next row begins
-  int64_t parts, taps;   // taps of each part
-  int64_t unit_rows;     // output rows that are made together
-  int32_t* offsets;      // of the taps
+  int64_t reach;        // of the kernel, in pixels
+  int64_t margin;       // of the first pixel in a packed row
+  int64_t pitch;        // of a packed row, which is [reach, pitch + reach): its right border lies
+                        // where the left margin of the next row begins
+  int64_t parts, taps;  // taps of each part
+  int64_t unit_rows;    // output rows that are made together
 
   Layout(const Problem& p, int64_t columns)
-      : paired(p.kernel == 3 && 2 * p.dilation <= p.height), kernel(p.kernel),
-        dilation(p.dilation), reach(p.kernel / 2 * p.dilation), margin(round_up(2 * reach, kN)),
+      : paired(p.kernel == 3 && 2 * p.dilation <= p.height), kernel(p.kernel), dilation(p.dilation),
+        reach(p.kernel / 2 * p.dilation), margin(round_up(2 * reach, kN)),
         pitch(margin + round_up(columns, kN)), parts(paired ? 4 : 1),
-        taps(paired ? 3 : kernel * kernel), unit_rows(paired ? 2 : 1),
-        offsets(static_cast<int32_t*>(malloc(sizeof(int32_t) * taps))) {
-    if (!offsets) abort();
+        taps(paired ? 3 : kernel * kernel), unit_rows(paired ? 2 : 1) {}
+
+  // Of the taps, from a pixel of a packed plane.
+  void write_offsets(int64_t* to) const {
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t down = paired ? 0 : tap / kernel - kernel / 2;
-      offsets[tap] = int32_t(dilation * (down * pitch + tap % kernel - kernel / 2));
+      to[tap] = dilation * (down * pitch + tap % kernel - kernel / 2);
     }
   }
-  ~Layout() { free(offsets); }
-  Layout(const Layout&) = delete;
 
   // Tiles are made of so many rows.
   int64_t row_step() const { return paired ? 2 * dilation : 1; }
@@ -338,8 +330,7 @@ struct Layout {
     return round_up((round_up(rows, row_step()) + 2 * reach) * pitch + margin, 2 * kN) + kN;
   }
   int64_t plane(int64_t rows) const {
-    return paired ? round_up(units(rows) * parts * pitch + margin, 2 * kN) + kN
-                  : plain_plane(rows);
+    return paired ? round_up(units(rows) * parts * pitch + margin, 2 * kN) + kN : plain_plane(rows);
   }
   // Where a part of a unit begins in a packed plane, at the first pixel.
   int64_t at(int64_t unit, int64_t part) const {
@@ -394,7 +385,8 @@ struct Layout {
   // weights are [part][all_planes][tap][kOutputs], of which the first `planes` are used.
   // Room for `parts` rows.
   VSOD_INLINE void convolve(int vectors, const S* in, int64_t plane_stride, int64_t planes,
-                            int64_t all_planes, const S* weights, S* sums) const {
+                            int64_t all_planes, const int64_t* offsets, const S* weights,
+                            S* sums) const {
     constexpr int64_t kRow = kOutputs * kMaxVectors * kN;
     for (int64_t part = 0; part < parts; ++part)
       conv<S>(vectors, in + part * pitch, plane_stride, planes, offsets, taps,
@@ -501,8 +493,7 @@ struct Common {
     return p.c ? static_cast<const S*>(p.c) + (b * p.hidden + m) * pixels : nullptr;
   }
   N* gate_plane(int64_t t, int64_t b, int64_t gate, int64_t m) const {
-    return static_cast<N*>(p.gates) +
-           (((b * p.steps + t) * 4 + gate) * p.hidden + m) * pixels;
+    return static_cast<N*>(p.gates) + (((b * p.steps + t) * 4 + gate) * p.hidden + m) * pixels;
   }
 
   // x_t and h_{t-1}, packed; returns how many planes.  `plain` is room for one plane.
@@ -513,15 +504,12 @@ struct Common {
     const int64_t planes = p.channels + (hidden_plane(t, tile.b, 0) ? p.hidden : 0);
     for (int64_t i = 0; i < planes; ++i, dst += plane) {
       S* to = layout.paired ? plain : dst;
-      if (i < p.channels)
-        pack_plane(p, layout, tile, x + i * p.x.c, p.x.y, p.x.x, to);
-      else
-        pack_plane(p, layout, tile, hidden_plane(t, tile.b, i - p.channels), p.width, 1, to);
+      if (i < p.channels) pack_plane(p, layout, tile, x + i * p.x.c, p.x.y, p.x.x, to);
+      else pack_plane(p, layout, tile, hidden_plane(t, tile.b, i - p.channels), p.width, 1, to);
       if (!layout.paired) continue;
       if (for_gates && (i < p.channels || t == 0))  // no other h is infinite
         layout.template split<true>(plain, tile.rows, dst);
-      else
-        layout.template split<false>(plain, tile.rows, dst);
+      else layout.template split<false>(plain, tile.rows, dst);
     }
     return planes;
   }
@@ -534,9 +522,8 @@ struct Common {
         for (int64_t plane = 0; plane < p.channels + p.hidden; ++plane)
           for (int64_t tap = 0; tap < layout.taps; ++tap)
             for (int64_t gate = 0; gate < 4; ++gate)
-              *to++ = layout.part_weight(part, tap, [&](int64_t i) {
-                return weight(gate * p.hidden + m, plane, i);
-              });
+              *to++ = layout.part_weight(
+                  part, tap, [&](int64_t i) { return weight(gate * p.hidden + m, plane, i); });
   }
   S weight(int64_t g, int64_t plane, int64_t tap) const {
     const int64_t taps = p.kernel * p.kernel;
@@ -598,23 +585,27 @@ struct Forward : Common<S, N> {
   const Layout<S> layout;
   const int64_t plane;
   int64_t t = 0;
-  Counter tasks;
 
   explicit Forward(const Problem& problem)
       : Base(problem), tiling(forward_tiling<S>(problem)), layout(problem, tiling.columns),
-        plane(layout.plane(tiling.rows)) {}
+        plane(layout.plane(tiling.rows)) {
+    layout.write_offsets(p.offsets);
+    this->pack_forward_weights(layout);
+  }
 
-  void run(const Tile& tile) {
+  struct Places {
+    S *packed, *plain, *sums;
+
+    Places(Scratch& scratch, const Forward& run) {
+      packed = scratch.piece<S>((run.p.channels + run.p.hidden) * run.plane);
+      plain = scratch.piece<S>(run.layout.plain_plane(run.tiling.rows));
+      sums = scratch.piece<S>(Layout<S>::kSums);
+    }
+  };
+
+  void run(const Tile& tile, const Places& at) const {
     const int64_t all_planes = p.channels + p.hidden;
-    const int64_t counts[] = {all_planes * plane, layout.plain_plane(tiling.rows),
-                              Layout<S>::kSums};
-    int64_t bytes = 0;
-    for (int64_t count : counts) bytes += Scratch::bytes<S>(count);
-    Scratch scratch(thread_scratch(bytes));
-    S* packed = scratch.piece<S>(counts[0]);
-    S* plain = scratch.piece<S>(counts[1]);
-    S* sums = scratch.piece<S>(counts[2]);
-    const int64_t planes = this->pack_inputs(layout, tile, t, plane, true, plain, packed);
+    const int64_t planes = this->pack_inputs(layout, tile, t, plane, true, at.plain, at.packed);
     const Blocks blocks(ceil_div(tile.columns, kN));
     const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
@@ -623,13 +614,13 @@ struct Forward : Common<S, N> {
         for (int64_t i = 0; i < blocks.count; ++i) {
           const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
           const int64_t column = first * kN;
-          layout.convolve(int(vectors), packed + layout.at(unit, 0) + column, plane, planes,
-                          all_planes, weights, sums);
+          layout.convolve(int(vectors), at.packed + layout.at(unit, 0) + column, plane, planes,
+                          all_planes, p.offsets, weights, at.sums);
           for (int64_t r = 0; r < layout.unit_rows; ++r) {
             const int64_t y = layout.row(unit, r);
             if (y >= tile.rows) continue;
             finish(tile.b, m, (tile.y + y) * p.width + tile.x + column, vectors,
-                   tile.columns - column, sums + r * kOutputs * kMaxVectors * kN);
+                   tile.columns - column, at.sums + r * kOutputs * kMaxVectors * kN);
           }
         }
     }
@@ -656,8 +647,8 @@ struct Forward : Common<S, N> {
       }
       const Quotient<S> q_i = sigmoid(i), q_f = sigmoid(f), q_g = tanh_of(g);
       const Vec<S> under = q_i.under * q_g.under;
-      const Vec<S> new_c = (q_f.over * c * under + q_i.over * q_g.over * q_f.under) /
-                           (under * q_f.under);
+      const Vec<S> new_c =
+          (q_f.over * c * under + q_i.over * q_g.over * q_f.under) / (under * q_f.under);
       if (p.peephole) o += this->peephole(2, m, pixel, count) * new_c;
       const Quotient<S> q_o = sigmoid(o), q_c = tanh_of(new_c);
       store_first<S>(cell + pixel, new_c, count);
@@ -674,20 +665,17 @@ struct Forward : Common<S, N> {
 };
 
 template <class S, class N>
-void forward(const Problem& p, Parallel parallel) {
+int64_t forward(const Problem& p, Parallel parallel) {
   using Run = Forward<S, N>;
-  Run state(p);
-  state.pack_forward_weights(state.layout);
-  for (state.t = 0; state.t < p.steps; ++state.t) {
-    state.tasks.next = 0;
-    parallel(
-        [](void* context) {
-          Run& run = *static_cast<Run*>(context);
-          const int64_t tiles = run.tiling.tiles(run.p);
-          for (int64_t i; (i = run.tasks.take()) < tiles;) run.run(run.tiling.tile(run.p, i));
-        },
-        &state);
+  using Places = typename Run::Places;
+  Run run(p);
+  for (run.t = 0; run.t < p.steps; ++run.t) {
+    const int64_t missing =
+        each_task<Places>(parallel, run.tiling.tiles(p), run,
+                          [&](int64_t i, const Places& at) { run.run(run.tiling.tile(p, i), at); });
+    if (missing) return missing;
   }
+  return 0;
 }
 
 // ------------------------------------------------------------------ backward
@@ -726,20 +714,16 @@ struct Strips {
   int64_t band, halo, columns;  // columns: of a band, with its halo
 };
 
-// Elements of a task's scratch, in the order of Backward::Places.
+// Elements of the large pieces of a task's scratch.
 struct Pieces {
-  int64_t inputs, window, split, plain, transposed, sums, peephole_sums;
+  int64_t inputs, window, split, transposed;
 };
 template <class S>
 Pieces pieces(const Problem& p, const Layout<S>& layout, const Strips& strips) {
   const int64_t gates = 4 * p.hidden, band = strips.band;
-  return {(p.channels + p.hidden) * layout.plane(band),
-          gates * layout.plain_plane(band),
+  return {(p.channels + p.hidden) * layout.plane(band), gates * layout.plain_plane(band),
           layout.paired ? gates * layout.plane(band) : 0,
-          layout.paired ? layout.plain_plane(band) : 0,
-          gate_panel<S>(p) * layout.units(band) * layout.parts * strips.tiling.columns,
-          Layout<S>::kSums,
-          3 * p.hidden * kLanes<S>};
+          gate_panel<S>(p) * layout.units(band) * layout.parts * strips.tiling.columns};
 }
 
 template <class S>
@@ -758,7 +742,8 @@ Strips backward_strips(const Problem& p) {
       strips.band = band;
       const Pieces needs = pieces(p, layout, strips);
       return (needs.inputs + larger(needs.window, needs.split) + needs.transposed) *
-                 int64_t(sizeof(S)) <= kTileBytes;
+                 int64_t(sizeof(S)) <=
+             kTileBytes;
     };
     int64_t band = step;
     while (band < all && band < kMostBand * step && fits(band + step)) band += step;
@@ -792,7 +777,6 @@ struct Backward : Common<S, N> {
   const Strips strips;
   const Layout<S> layout;
   int64_t t = 0;
-  Counter tasks;
   const int64_t gates, lanes, panel_lanes, plane, window_plane;
   const int64_t hidden_blocks, channel_blocks;
   const bool need_weights, sum_peephole;
@@ -805,7 +789,11 @@ struct Backward : Common<S, N> {
         hidden_blocks(ceil_div(problem.hidden, kOutputs)),
         channel_blocks(ceil_div(problem.channels, kOutputs)),
         need_weights(problem.dweight_ih || problem.dweight_hh),
-        sum_peephole(problem.dpeephole && !problem.full_peephole) {}
+        sum_peephole(problem.dpeephole && !problem.full_peephole) {
+    layout.write_offsets(p.offsets);
+    if (!p.gates) this->pack_forward_weights(layout);
+    pack_backward_weights();
+  }
 
   // weights[block of outputs][part][gate plane][tap][output] of the flipped kernel: first blocks
   // of h, then blocks of x.
@@ -831,27 +819,36 @@ struct Backward : Common<S, N> {
 
   struct Places {
     S *inputs, *window, *split, *plain, *transposed, *sums, *peephole_sums;
+    int64_t window_numbers, peephole_numbers;
+
+    Places(Scratch& scratch, const Backward& run) : peephole_numbers(3 * run.p.hidden * kN) {
+      const Pieces needs = pieces(run.p, run.layout, run.strips);
+      inputs = scratch.piece<S>(needs.inputs);
+      window = scratch.piece<S>(needs.window);
+      split = scratch.piece<S>(needs.split);
+      plain = scratch.piece<S>(run.layout.paired ? run.window_plane : 0);
+      transposed = scratch.piece<S>(needs.transposed);
+      sums = scratch.piece<S>(Layout<S>::kSums);
+      peephole_sums = scratch.piece<S>(peephole_numbers);
+      window_numbers = needs.window;
+    }
   };
+
+  // Step t of one group's strips.
+  void run_group(int64_t group, const Places& at) const {
+    // Whole pixels a group where each pixel has a weight of its own.
+    const int64_t unit = p.full_peephole ? p.batch : 1, units = strips.tiling.tiles(p) / unit;
+    const int64_t last = (group + 1) * units / p.groups * unit;
+    S* sums = static_cast<S*>(p.sums) + group * group_sums<S>(p);
+    for (int64_t i = group * units / p.groups * unit; i < last; ++i)
+      run(strips.tiling.tile(p, i), sums, at);
+  }
 
   // Step t of one strip.  The window holds the gate gradients of a band and of the rows above and
   // below it that the convolution reaches; it moves down the strip.
-  void run(const Tile& strip, S* group) {
-    const Pieces needs = pieces(p, layout, strips);
-    const int64_t counts[] = {needs.inputs,     needs.window, needs.split,        needs.plain,
-                              needs.transposed, needs.sums,   needs.peephole_sums};
-    int64_t bytes = 0;
-    for (int64_t count : counts) bytes += Scratch::bytes<S>(count);
-    Scratch scratch(thread_scratch(bytes));
-    Places at;
-    at.inputs = scratch.piece<S>(needs.inputs);
-    at.window = scratch.piece<S>(needs.window);
-    at.split = scratch.piece<S>(needs.split);
-    at.plain = scratch.piece<S>(needs.plain);
-    at.transposed = scratch.piece<S>(needs.transposed);
-    at.sums = scratch.piece<S>(needs.sums);
-    at.peephole_sums = scratch.piece<S>(needs.peephole_sums);
-    memset(at.peephole_sums, 0, needs.peephole_sums * sizeof(S));
-    memset(at.window, 0, needs.window * sizeof(S));
+  void run(const Tile& strip, S* group, const Places& at) const {
+    memset(at.peephole_sums, 0, at.peephole_numbers * sizeof(S));
+    memset(at.window, 0, at.window_numbers * sizeof(S));
 
     Tile wide = strip;  // with the halo
     wide.x = larger(strip.x - strips.halo, 0);
@@ -876,11 +873,12 @@ struct Backward : Common<S, N> {
     }
     S* peephole_total = group + group_sums<S>(p) - 3 * p.hidden * kN;
     if (sum_peephole)
-      for (int64_t i = 0; i < 3 * p.hidden * kN; ++i) peephole_total[i] += at.peephole_sums[i];
+      for (int64_t i = 0; i < at.peephole_numbers; ++i) peephole_total[i] += at.peephole_sums[i];
   }
 
   // Rows of the window from `window_row` on, and dc where the strip owns the pixel.
-  void gate_gradients(const Tile& strip, const Tile& wide, int64_t window_row, const Places& at) {
+  void gate_gradients(const Tile& strip, const Tile& wide, int64_t window_row,
+                      const Places& at) const {
     const int64_t all_planes = p.channels + p.hidden;
     const int64_t first_row = larger(wide.y, 0), end_row = smaller(wide.y + wide.rows, p.height);
     for (int64_t row = 0; row < wide.rows; ++row)
@@ -890,8 +888,7 @@ struct Backward : Common<S, N> {
                  layout.pitch * sizeof(S));
     if (first_row >= end_row) return;
     int64_t planes = 0;
-    if (!p.gates)
-      planes = this->pack_inputs(layout, wide, t, plane, true, at.plain, at.inputs);
+    if (!p.gates) planes = this->pack_inputs(layout, wide, t, plane, true, at.plain, at.inputs);
     const Blocks blocks(ceil_div(wide.columns, kN));
     const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
@@ -908,7 +905,7 @@ struct Backward : Common<S, N> {
           const int64_t column = first * kN;
           if (!p.gates)
             layout.convolve(int(vectors), at.inputs + layout.at(unit, 0) + column, plane, planes,
-                            all_planes, weights, at.sums);
+                            all_planes, p.offsets, weights, at.sums);
           for (int64_t r = 0; r < layout.unit_rows; ++r) {
             if (!inside[r]) continue;
             const int64_t row = layout.row(unit, r);
@@ -1028,8 +1025,7 @@ struct Backward : Common<S, N> {
     const S* in = at.window;
     if (layout.paired) {
       for (int64_t g = 0; g < gates; ++g)
-        layout.template split<false>(at.window + g * window_plane, band.rows,
-                                     at.split + g * plane);
+        layout.template split<false>(at.window + g * window_plane, band.rows, at.split + g * plane);
       in = at.split;
     }
     const int64_t in_plane = layout.paired ? plane : window_plane;
@@ -1045,7 +1041,7 @@ struct Backward : Common<S, N> {
           const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
           const int64_t column = first * kN, count = band.columns - column;
           layout.convolve(int(vectors), in + layout.at(unit, 0) + shift + column, in_plane, gates,
-                          gates, weights, at.sums);
+                          gates, p.offsets, weights, at.sums);
           for (int64_t r = 0; r < layout.unit_rows; ++r) {
             const int64_t row = layout.row(unit, r);
             if (row >= band.rows) continue;
@@ -1057,8 +1053,7 @@ struct Backward : Common<S, N> {
                 write(static_cast<N*>(p.dx) +
                           ((band.b * p.steps + t) * p.channels + m) * this->pixels + pixel,
                       sums, vectors, count);
-              else if (t > 0)
-                write(dh_plane(t, band.b, m) + pixel, sums, vectors, count);
+              else if (t > 0) write(dh_plane(t, band.b, m) + pixel, sums, vectors, count);
               else
                 write(static_cast<N*>(p.dh) + (band.b * p.hidden + m) * this->pixels + pixel, sums,
                       vectors, count);
@@ -1089,24 +1084,23 @@ struct Backward : Common<S, N> {
       S* panel_sums = group + panel * (p.channels + p.hidden) * layout.parts * layout.taps;
       for (int64_t unit = 0; unit < units && planes; unit += depth_units)
         for (int64_t x = 0; x < band.columns; x += depth_columns) {
-          Depth depth{smaller(depth_units, units - unit),
-                      smaller(depth_columns, band.columns - x), 0, 0};
+          Depth depth{smaller(depth_units, units - unit), smaller(depth_columns, band.columns - x),
+                      0, 0};
           depth.a_row = layout.unit_stride() - depth.columns;
           depth.b_row = (columns - depth.columns) * panel_lanes;
           for (int64_t part = 0; part < layout.parts; ++part) {
-            const S* b = at.transposed + ((part * layout.units(strips.band) + unit) * columns + x) *
-                                             panel_lanes;
+            const S* b = at.transposed +
+                         ((part * layout.units(strips.band) + unit) * columns + x) * panel_lanes;
             for (int64_t plane = 0; plane < planes; plane += kWeightRows) {
               const int64_t some = smaller(kWeightRows, planes - plane);
               for (int64_t tap = 0; tap < layout.taps; ++tap) {
-                const S* a = at.inputs + plane * this->plane + layout.at(unit, part) + x +
-                             layout.offsets[tap];
+                const S* a =
+                    at.inputs + plane * this->plane + layout.at(unit, part) + x + p.offsets[tap];
                 S* sums =
                     panel_sums + plane * sum_stride + (part * layout.taps + tap) * panel_lanes;
                 if (panel_lanes == kN)
                   weight_rows<S, 1>(some, a, this->plane, b, kN, depth, sums, sum_stride);
-                else
-                  weight_rows<S, 2>(some, a, this->plane, b, 2 * kN, depth, sums, sum_stride);
+                else weight_rows<S, 2>(some, a, this->plane, b, 2 * kN, depth, sums, sum_stride);
               }
             }
           }
@@ -1115,8 +1109,7 @@ struct Backward : Common<S, N> {
   }
 
   // transposed[part][unit][column][panel lanes] from the window, and its sum over pixels.
-  void transpose(const Tile& band, int64_t shift, int64_t panel, const Places& at,
-                 S* group) const {
+  void transpose(const Tile& band, int64_t shift, int64_t panel, const Places& at, S* group) const {
     S* bias_sums = group + group_sums<S>(p) - 3 * p.hidden * kN - lanes;
     const int64_t per_row = strips.tiling.columns * panel_lanes;
     const int64_t per_part = layout.units(strips.band) * per_row;
@@ -1201,37 +1194,18 @@ struct Backward : Common<S, N> {
 };
 
 template <class S, class N>
-void backward(const Problem& p, Parallel parallel) {
+int64_t backward(const Problem& p, Parallel parallel) {
   using Run = Backward<S, N>;
-  Run state(p);
-  if (!p.gates) state.pack_forward_weights(state.layout);
-  state.pack_backward_weights();
-  for (state.t = p.steps - 1; state.t >= 0; --state.t) {
-    state.tasks.next = 0;
-    parallel(
-        [](void* context) {
-          Run& run = *static_cast<Run*>(context);
-          const Problem& p = run.p;
-          const Tiling& tiling = run.strips.tiling;
-          // Whole pixels a group where each pixel has a weight of its own.
-          const int64_t unit = p.full_peephole ? p.batch : 1;
-          const int64_t units = tiling.tiles(p) / unit;
-          for (int64_t group; (group = run.tasks.take()) < p.groups;) {
-            S* sums = static_cast<S*>(p.sums) + group * group_sums<S>(p);
-            const int64_t last = (group + 1) * units / p.groups * unit;
-            for (int64_t i = group * units / p.groups * unit; i < last; ++i)
-              run.run(tiling.tile(p, i), sums);
-          }
-        },
-        &state);
+  using Places = typename Run::Places;
+  Run run(p);
+  for (run.t = p.steps - 1; run.t >= 0; --run.t) {
+    const int64_t missing =
+        each_task<Places>(parallel, p.groups, run,
+                          [&](int64_t group, const Places& at) { run.run_group(group, at); });
+    if (missing) return missing;
   }
-  state.tasks.next = 0;
-  parallel(
-      [](void* context) {
-        Run& run = *static_cast<Run*>(context);
-        for (int64_t g; (g = run.tasks.take()) < run.gates;) run.reduce(g);
-      },
-      &state);
+  each_task(parallel, run.gates, [&](int64_t g) { run.reduce(g); });
+  return 0;
 }
 
 template <class S>
@@ -1244,24 +1218,17 @@ void activate(const void* x, void* sigmoids, void* tanhs, int64_t count) {
 }
 
 template <class S, class N>
-constexpr Kernel kernel() {
-  return {forward_weights<S>, backward_weights<S>, group_sums<S>, groups<S>,
-          forward<S, N>,      backward<S, N>,      activate<S>};
-}
+constexpr Kernel kKernel = {forward_weights<S>, backward_weights<S>, group_sums<S>, groups<S>,
+                            forward<S, N>,      backward<S, N>,      activate<S>};
 
 }  // namespace
 
+extern const Kernel* const conv_lstm_kernels[];
 #if defined(__AVX512BF16__)
-extern const Kernel conv_lstm_bfloat16_kernel;
-constexpr Kernel conv_lstm_bfloat16_kernel = kernel<float, BFloat16>();
+const Kernel* const conv_lstm_kernels[] = {nullptr, nullptr, nullptr, &kKernel<float, BFloat16>};
 #else
-extern const Kernel conv_lstm_kernels[kDtypeCount];
-constexpr Kernel conv_lstm_kernels[kDtypeCount] = {
-    kernel<float, float>(),
-    kernel<double, double>(),
-    kernel<float, Float16>(),
-    kernel<float, BFloat16>(),
-};
+const Kernel* const conv_lstm_kernels[] = {&kKernel<float, float>, &kKernel<double, double>,
+                                           &kKernel<float, Float16>, &kKernel<float, BFloat16>};
 #endif
 
 }  // namespace VSOD_LEVEL

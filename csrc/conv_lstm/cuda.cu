@@ -1,7 +1,8 @@
 // conv_lstm on the GPU for few channels: the whole sequence, forward and backward.
 //
-// What it computes is in cuda_phases.h, one struct a kernel with its tiles and why they are so; the
-// order of launches is in cuda_run.h.  Here: how a struct becomes a launch, and the registration.
+// What it computes is in cuda_forward.h, cuda_backward.h and cuda_weights.h, one struct a kernel,
+// on the tiles of cuda_tiles.h, where it says why they are so; the order of launches is in
+// cuda_run.h. Here: how a struct becomes a launch, and the registration.
 //
 // Floors, 4 -> 4 channels, 512 x 512, float32, one sample, one step (an H200 copies 4.3 TB/s and
 // does some 60 TFLOP/s of float32 FMA): x, h, c in and h, c out are 80 bytes a pixel = 4.9 us; 1152
@@ -65,8 +66,7 @@ struct Launcher {
 
 Launcher launcher(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return {static_cast<cudaStream_t>(stream)};
 }
 
@@ -76,9 +76,8 @@ ForwardResult forward_cuda(const Tensor& x, const MaybeTensor& h, const MaybeTen
                            int64_t dilation, int64_t save) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Arguments a{x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation};
-  return for_dtype<false>(x, [&](auto number) {
-    return forward<decltype(number)>(launcher(x), a, save);
-  });
+  return for_dtype<false>(
+      x, [&](auto number) { return forward<decltype(number)>(launcher(x), a, save); });
 }
 
 BackwardResult backward_cuda(const MaybeTensor& grad_out, const MaybeTensor& grad_c,
@@ -90,9 +89,8 @@ BackwardResult backward_cuda(const MaybeTensor& grad_out, const MaybeTensor& gra
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Arguments a{x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation};
   const Incoming in{grad_out, grad_c, out, c_last, cells, gates};
-  return for_dtype<false>(x, [&](auto number) {
-    return backward<decltype(number)>(launcher(x), a, in, needs, 0);
-  });
+  return for_dtype<false>(
+      x, [&](auto number) { return backward<decltype(number)>(launcher(x), a, in, needs, 0); });
 }
 
 }  // namespace

@@ -55,9 +55,8 @@ ForwardResult forward_on_host(const Tensor& x, const MaybeTensor& h, const Maybe
                               const MaybeTensor& bias, const MaybeTensor& weight_peephole,
                               int64_t dilation, int64_t save, bool reverse) {
   const Arguments a{x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation};
-  return for_dtype<true>(x, [&](auto number) {
-    return forward<decltype(number)>(Launcher{reverse}, a, save);
-  });
+  return for_dtype<true>(
+      x, [&](auto number) { return forward<decltype(number)>(Launcher{reverse}, a, save); });
 }
 
 BackwardResult backward_on_host(const MaybeTensor& grad_out, const MaybeTensor& grad_c,

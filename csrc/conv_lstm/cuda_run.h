@@ -22,7 +22,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda_phases.h"
+#include "cuda_backward.h"
+#include "cuda_forward.h"
+#include "cuda_weights.h"
 
 namespace vsod {
 namespace conv_lstm_cuda {
@@ -74,8 +76,14 @@ inline Shape check(const Arguments& a) {
   STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < (1 << 20) && a.weight_hh.size(2) % 2 == 1 &&
                       a.weight_hh.size(2) < 1024,
                   "conv_lstm: dilation or kernel out of range");
-  Shape s{a.x.size(0), a.x.size(1), a.x.size(2),           a.weight_hh.size(1),
-          a.x.size(3), a.x.size(4), int(a.weight_hh.size(2)), int(a.dilation)};
+  Shape s{a.x.size(0),
+          a.x.size(1),
+          a.x.size(2),
+          a.weight_hh.size(1),
+          a.x.size(3),
+          a.x.size(4),
+          int(a.weight_hh.size(2)),
+          int(a.dilation)};
   const auto fits = [&](const MaybeTensor& x, std::initializer_list<int64_t> sizes,
                         ScalarType dtype) {
     return !x.has_value() ||
@@ -160,10 +168,8 @@ ForwardResult forward(const Launcher& launch, const Arguments& a, int64_t save) 
     return torch::stable::new_empty(a.x, sizes, dtype);
   };
   std::vector<int64_t> kept_sizes{0}, gate_sizes{0};
-  if (save >= kSaveCells)
-    kept_sizes = {s.batch, s.steps - 1, s.hidden, s.height, s.width};
-  if (save == kSaveGates)
-    gate_sizes = {s.batch, s.steps, 4 * s.hidden, s.height, s.width};
+  if (save >= kSaveCells) kept_sizes = {s.batch, s.steps - 1, s.hidden, s.height, s.width};
+  if (save == kSaveGates) gate_sizes = {s.batch, s.steps, 4 * s.hidden, s.height, s.width};
   Tensor out = make({s.batch, s.steps, s.hidden, s.height, s.width}, a.x.scalar_type());
   Tensor c_last = make({s.batch, s.hidden, s.height, s.width}, wide);
   Tensor kept = make(kept_sizes, wide), gates = make(gate_sizes, a.x.scalar_type());
@@ -176,8 +182,7 @@ ForwardResult forward(const Launcher& launch, const Arguments& a, int64_t save) 
   for (int64_t t = 0; t < s.steps; ++t) {
     if (is_fast(s))
       launch_forward<N, true>(launch, a, s, t, 1, out, cells, true, gate_memory, s.steps);
-    else
-      launch_forward<N, false>(launch, a, s, t, 1, out, cells, true, gate_memory, s.steps);
+    else launch_forward<N, false>(launch, a, s, t, 1, out, cells, true, gate_memory, s.steps);
   }
   return {out, c_last, kept, gates};
 }
@@ -191,12 +196,9 @@ struct Incoming {
 template <class N, class F>
 void for_gather(const Shape& s, int64_t outputs, const F& run) {
   constexpr int kFew = kTensorCores<N> ? 8 : 4;
-  if (!is_fast(s))
-    run(std::false_type(), std::integral_constant<int, kFew>());
-  else if (outputs <= kFew)
-    run(std::true_type(), std::integral_constant<int, kFew>());
-  else
-    run(std::true_type(), std::integral_constant<int, 8>());
+  if (!is_fast(s)) run(std::false_type(), std::integral_constant<int, kFew>());
+  else if (outputs <= kFew) run(std::true_type(), std::integral_constant<int, kFew>());
+  else run(std::true_type(), std::integral_constant<int, 8>());
 }
 
 template <class N, class Launcher>
@@ -207,10 +209,8 @@ void launch_gather(const Launcher& launch, const Shape& s,
     using Kernel = GatherKernel<N, fast, outputs>;
     Kernel k{};
     k.shape = s;
-    k.gather = {Kernel::Conv::plan(s, 4 * s.hidden), pointer<const N>(weight),
-                int(weight.size(1))};
-    k.grid = make_grid(s, s.batch * step_count, Kernel::kTileY,
-                       ceil_div(weight.size(1), outputs));
+    k.gather = {Kernel::Conv::plan(s, 4 * s.hidden), pointer<const N>(weight), int(weight.size(1))};
+    k.grid = make_grid(s, s.batch * step_count, Kernel::kTileY, ceil_div(weight.size(1), outputs));
     k.first_step = first_step, k.step_count = step_count;
     k.gate_gradients = gate_gradients;
     k.result = result;
@@ -229,8 +229,7 @@ void launch_step(const Launcher& launch, const Arguments& a, const Incoming& in,
     using Kernel = StepBackwardKernel<N, fast, outputs>;
     Kernel k{};
     k.shape = s;
-    k.gather = {Kernel::Conv::plan(s, 4 * s.hidden), pointer<const N>(a.weight_hh),
-                int(s.hidden)};
+    k.gather = {Kernel::Conv::plan(s, 4 * s.hidden), pointer<const N>(a.weight_hh), int(s.hidden)};
     k.grid = make_grid(s, s.batch, Kernel::kTileY, ceil_div(s.hidden, outputs));
     k.step = step;
     if (in.grad_out.has_value()) k.grad_out = make_frames<N>(*in.grad_out);
@@ -247,12 +246,9 @@ void launch_step(const Launcher& launch, const Arguments& a, const Incoming& in,
 template <class N, class F>
 void for_weight(const Shape& s, const F& run) {
   constexpr int kMost = kTensorCores<N> ? 2 : 1;
-  if (!is_fast(s))
-    run(std::false_type(), std::integral_constant<int, 1>());
-  else if (s.hidden <= 4)
-    run(std::true_type(), std::integral_constant<int, 1>());
-  else
-    run(std::true_type(), std::integral_constant<int, kMost>());
+  if (!is_fast(s)) run(std::false_type(), std::integral_constant<int, 1>());
+  else if (s.hidden <= 4) run(std::true_type(), std::integral_constant<int, 1>());
+  else run(std::true_type(), std::integral_constant<int, kMost>());
 }
 
 // Launches the weight gradient of some steps into `partial`, or where `partial` is null only says
@@ -278,8 +274,8 @@ int64_t launch_weight(const Launcher& launch, const Shape& s, const Sequence<N>&
     if (partial) {
       launch(k);
     } else {
-      const int64_t tiles = s.batch * step_count * ceil_div(s.height, Kernel::kTileY) *
-                            ceil_div(s.width, kTileX);
+      const int64_t tiles =
+          s.batch * step_count * ceil_div(s.height, Kernel::kTileY) * ceil_div(s.width, kTileX);
       const int64_t others = int64_t(k.output_blocks) * k.channel_blocks * k.tap_blocks;
       walks = std::max<int64_t>(1, std::min(tiles, kWeightBlocks / others));
     }
@@ -294,6 +290,49 @@ void reduce(const Launcher& launch, const Tensor& partial, int64_t offset, const
                          result.numel(), pointer<N>(result)});
 }
 
+// What backward gets beside the arguments of forward.
+inline void check_kept(const Arguments& a, const Incoming& in, const Shape& s,
+                       const std::vector<bool>& needs) {
+  const ScalarType dtype = a.x.scalar_type(), wide = state_dtype(a.x);
+  STD_TORCH_CHECK(needs.size() == 7 && in.out.is_contiguous() && in.c_last.is_contiguous() &&
+                      in.cells.is_contiguous() && in.gates.is_contiguous() &&
+                      has_shape(in.out, {s.batch, s.steps, s.hidden, s.height, s.width}) &&
+                      has_shape(in.cells, {s.batch, s.steps - 1, s.hidden, s.height, s.width}) &&
+                      in.out.scalar_type() == dtype && in.cells.scalar_type() == wide &&
+                      in.c_last.scalar_type() == wide,
+                  "conv_lstm: what forward kept does not fit");
+  STD_TORCH_CHECK(in.gates.dim() == 1 ||
+                      has_shape(in.gates, {s.batch, s.steps, 4 * s.hidden, s.height, s.width}),
+                  "conv_lstm: gates do not fit");
+  STD_TORCH_CHECK(!in.grad_out.has_value() ||
+                      (in.grad_out->scalar_type() == dtype &&
+                       has_shape(*in.grad_out, {s.batch, s.steps, s.hidden, s.height, s.width})),
+                  "conv_lstm: grad_out does not fit");
+  STD_TORCH_CHECK(
+      !in.grad_c.has_value() || (in.grad_c->scalar_type() == wide && in.grad_c->is_contiguous() &&
+                                 has_shape(*in.grad_c, {s.batch, s.hidden, s.height, s.width})),
+      "conv_lstm: grad_c does not fit");
+}
+
+// Launches the peephole gradient of some steps into `partial`, with a row for each of `chunks`.
+template <class N, class Launcher>
+void launch_peephole(const Launcher& launch, const Shape& s,
+                     const GateFrames<const N>& gate_gradients,
+                     const Cells<typename Wide<N>::type>& cells, int64_t first_step,
+                     int64_t step_count, bool full, int64_t chunks, bool add,
+                     typename Wide<N>::type* partial) {
+  PeepholeKernel<N> k{};
+  k.shape = s;
+  k.first_step = first_step, k.step_count = step_count;
+  k.gate_gradients = gate_gradients;
+  k.cells = cells;
+  k.full = full, k.add = add;
+  k.per_block = full ? kThreads : ceil_div(s.pixels(), chunks);
+  k.chunks = uint32_t(chunks);
+  k.partial = partial;
+  launch(k);
+}
+
 // window: steps whose gate gradients are kept at a time; 0 lets kWindowPixels decide.
 template <class N, class Launcher>
 BackwardResult backward(const Launcher& launch, const Arguments& a, const Incoming& in,
@@ -303,24 +342,7 @@ BackwardResult backward(const Launcher& launch, const Arguments& a, const Incomi
   const bool fast = is_fast(s), again = in.gates.dim() == 1;
   const int64_t numbers = s.hidden * s.pixels(), gate_numbers = 4 * s.hidden;
   const ScalarType dtype = a.x.scalar_type(), wide = state_dtype(a.x);
-  STD_TORCH_CHECK(needs.size() == 7 && in.out.is_contiguous() && in.c_last.is_contiguous() &&
-                      in.cells.is_contiguous() && in.gates.is_contiguous() &&
-                      has_shape(in.out, {s.batch, s.steps, s.hidden, s.height, s.width}) &&
-                      has_shape(in.cells, {s.batch, s.steps - 1, s.hidden, s.height, s.width}) &&
-                      in.out.scalar_type() == dtype && in.cells.scalar_type() == wide &&
-                      in.c_last.scalar_type() == wide,
-                  "conv_lstm: what forward kept does not fit");
-  STD_TORCH_CHECK(again || has_shape(in.gates, {s.batch, s.steps, gate_numbers, s.height, s.width}),
-                  "conv_lstm: gates do not fit");
-  STD_TORCH_CHECK(!in.grad_out.has_value() ||
-                      (in.grad_out->scalar_type() == dtype &&
-                       has_shape(*in.grad_out, {s.batch, s.steps, s.hidden, s.height, s.width})),
-                  "conv_lstm: grad_out does not fit");
-  STD_TORCH_CHECK(!in.grad_c.has_value() ||
-                      (in.grad_c->scalar_type() == wide && in.grad_c->is_contiguous() &&
-                       has_shape(*in.grad_c, {s.batch, s.hidden, s.height, s.width})),
-                  "conv_lstm: grad_c does not fit");
-
+  check_kept(a, in, s, needs);
   const auto make = [&](std::vector<int64_t> sizes, ScalarType type) {
     return torch::stable::new_empty(a.x, sizes, type);
   };
@@ -373,18 +395,9 @@ BackwardResult backward(const Launcher& launch, const Arguments& a, const Incomi
     if (weights)
       launch_weight<N>(launch, s, sequence, read_gradients, start, count, walks, add,
                        pointer<S>(partial));
-    if (peepholes) {
-      PeepholeKernel<N> k{};
-      k.shape = s;
-      k.first_step = start, k.step_count = count;
-      k.gate_gradients = read_gradients;
-      k.cells = cells;
-      k.full = full, k.add = add;
-      k.per_block = full ? kThreads : ceil_div(s.pixels(), chunks);
-      k.chunks = uint32_t(chunks);
-      k.partial = pointer<S>(peephole_partial);
-      launch(k);
-    }
+    if (peepholes)
+      launch_peephole<N>(launch, s, read_gradients, cells, start, count, full, chunks, add,
+                         pointer<S>(peephole_partial));
     if (needs[0])
       launch_gather<N>(launch, s, read_gradients, start, count, a.weight_ih, pointer<N>(dx),
                        s.steps);
@@ -398,8 +411,9 @@ BackwardResult backward(const Launcher& launch, const Arguments& a, const Incomi
   if (needs[4]) reduce<N>(launch, partial, ih_numbers, dweight_hh);
   if (dbias.numel() > 0) reduce<N>(launch, partial, ih_numbers + hh_numbers, dbias);
   if (peepholes) reduce<N>(launch, peephole_partial, 0, dpeephole);
-  return {dx, dh, needs[2] && a.c.has_value() ? dc : make({0}, wide),
-          dweight_ih, dweight_hh, dbias, dpeephole};
+  return {dx,         dh,         needs[2] && a.c.has_value() ? dc : make({0}, wide),
+          dweight_ih, dweight_hh, dbias,
+          dpeephole};
 }
 
 }  // namespace conv_lstm_cuda

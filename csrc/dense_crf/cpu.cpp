@@ -9,48 +9,30 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "../common/cpu_level.h"
+#include "../common/levels.h"
 #include "../common/parallel.h"
+#include "../common/tensors.h"
+#include "geometry.h"
 
 namespace vsod {
 
-namespace portable {
-extern const dense_crf::Kernel dense_crf_kernel;
-}
-#if defined(VSOD_X86_LEVELS)
-namespace avx2 {
-extern const dense_crf::Kernel dense_crf_kernel;
-}
-namespace avx512 {
-extern const dense_crf::Kernel dense_crf_kernel;
-}
-#endif
+VSOD_LEVEL_TABLES(const dense_crf::Kernel*, dense_crf_kernels)
 
 namespace dense_crf {
 namespace {
 
+using any_level::Geometry;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-const Kernel& kernel() {
-  switch (cpu_level()) {
-#if defined(VSOD_X86_LEVELS)
-    case CpuLevel::kAvx512Bf16:
-    case CpuLevel::kAvx512: return avx512::dense_crf_kernel;
-    case CpuLevel::kAvx2: return avx2::dense_crf_kernel;
-#endif
-    default: return portable::dense_crf_kernel;
-  }
-}
 
 // What the kernel relies on; dense_crf() in Python says the same with argument names.
 void check(const Tensor& prob, const Tensor& image) {
   STD_TORCH_CHECK(prob.is_cpu() && image.is_cpu() && prob.is_contiguous() && image.is_contiguous(),
                   "dense_crf: prob and image must be contiguous CPU tensors");
-  STD_TORCH_CHECK(prob.scalar_type() == ScalarType::Float &&
-                      (image.scalar_type() == ScalarType::Byte ||
-                       image.scalar_type() == ScalarType::Float),
-                  "dense_crf: prob must be float32, image uint8 or float32");
+  STD_TORCH_CHECK(
+      prob.scalar_type() == ScalarType::Float &&
+          (image.scalar_type() == ScalarType::Byte || image.scalar_type() == ScalarType::Float),
+      "dense_crf: prob must be float32, image uint8 or float32");
   const int64_t d = prob.dim();
   STD_TORCH_CHECK((d == 3 || (d == 4 && prob.size(1) >= 2)) && image.dim() == 4 &&
                       image.size(0) == prob.size(0) && image.size(1) == 3 &&
@@ -80,13 +62,16 @@ Tensor forward(const Tensor& prob, const Tensor& image, int64_t iterations, doub
   problem.bilateral_weight = float(bilateral_weight);
   problem.hash_capacity = hash_capacity;
   problem.threads = torch::stable::get_num_threads();
-  const Status status = kernel().run(problem, on_each_thread);
-  STD_TORCH_CHECK(status != kNoMemory, "dense_crf: out of memory");
-  STD_TORCH_CHECK(status != kGaussianTooFine, "dense_crf: gaussian_sxy = ", gaussian_sxy,
+  STD_TORCH_CHECK(problem.gaussian_weight <= 0 ||
+                      Geometry<2>(problem.height, problem.width, gaussian_sxy, 0).fits,
+                  "dense_crf: gaussian_sxy = ", gaussian_sxy,
                   " is too small for an image of this size");
-  STD_TORCH_CHECK(status != kBilateralTooFine, "dense_crf: bilateral_sxy = ", bilateral_sxy,
-                  " with bilateral_srgb = ", bilateral_srgb,
-                  " is too small for an image of this size");
+  STD_TORCH_CHECK(
+      problem.bilateral_weight <= 0 ||
+          Geometry<5>(problem.height, problem.width, bilateral_sxy, bilateral_srgb).fits,
+      "dense_crf: bilateral_sxy = ", bilateral_sxy, " with bilateral_srgb = ", bilateral_srgb,
+      " is too small for an image of this size");
+  check_memory("dense_crf", dense_crf_kernels(0)->forward(problem, on_each_thread));
   return out;
 }
 

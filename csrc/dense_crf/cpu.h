@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "../common/kernel.h"
+
 namespace vsod {
 namespace dense_crf {
 
@@ -20,13 +22,9 @@ struct Problem {
   int64_t threads;        // at most so many run the body of Parallel
 };
 
-// Runs body(context) once on each thread of torch's pool.
-using Parallel = void (*)(void (*body)(void* context), void* context);
-
-enum Status { kDone, kNoMemory, kGaussianTooFine, kBilateralTooFine };
-
 struct Kernel {
-  Status (*run)(const Problem&, Parallel);
+  // Returns 0, or the bytes that there is no memory for.
+  int64_t (*forward)(const Problem&, Parallel);
 };
 
 }  // namespace dense_crf

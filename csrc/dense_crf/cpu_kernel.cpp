@@ -27,13 +27,14 @@
 // the problem alone), each into vertices of its own, added up in order; everything else is one
 // value from fixed inputs.  So threads may take tasks in any order.
 
-#if !defined(__AVX512BF16__)  // no bfloat16 arithmetic here: that level takes avx512's kernel
-
 #include "cpu.h"
+
+#if !defined(__AVX512BF16__)  // no bfloat16 arithmetic here: that level takes avx512's kernel
 
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <new>
 
 #include "../common/scratch.h"
 #include "../common/simd.h"
@@ -46,8 +47,8 @@ using namespace dense_crf;
 
 namespace {
 
-constexpr int kTasks = 32;      // tasks of one phase; also the most chunks of points
-constexpr int kMaxGrowths = 16;  // of the hash table, each by 4
+constexpr int kTasks = 32;                // tasks of one phase; also the most chunks of points
+constexpr int kMaxGrowths = 16;           // of the hash table, each by 4
 constexpr int64_t kSmallImage = 1 << 16;  // pixels
 constexpr float kClip = 1e-5f;
 constexpr float kTiny = 1e-20f;
@@ -65,7 +66,7 @@ VSOD_INLINE Range part(int64_t count, int64_t index, int64_t parts) {
 struct alignas(64) Phase {
   int64_t next;
   alignas(64) int64_t done;
-  int32_t flag;  // set by a task for those who come after the phase
+  int64_t flag;  // set by a task for those who come after: most say how much memory is missing
 };
 
 // One thread's way through the phases.  Any number of threads can walk the same phases, also one
@@ -75,18 +76,18 @@ class Walk {
  public:
   explicit Walk(Phase* first) : phase_(first) {}
 
-  // f(i, flag) for i = 0..kTasks-1, each once over all threads; returns when all are done.
+  // f(i, flag) for i = 0..kTasks-1, each once over all threads; returns the flag when all are done.
   template <class F>
-  VSOD_INLINE bool tasks(F f) {
+  VSOD_INLINE int64_t tasks(F f) {
     return run(kTasks, f);
   }
   // f(0, flag) on one thread.
   template <class F>
-  VSOD_INLINE bool once(F f) {
+  VSOD_INLINE int64_t once(F f) {
     return run(1, f);
   }
   template <class F>
-  VSOD_INLINE bool run(int64_t count, F f) {
+  VSOD_INLINE int64_t run(int64_t count, F f) {
     Phase& phase = *phase_++;
     for (int64_t i; (i = __atomic_fetch_add(&phase.next, 1, __ATOMIC_RELAXED)) < count;) {
       f(i, &phase.flag);
@@ -94,14 +95,17 @@ class Walk {
     }
     for (int spins = 0; __atomic_load_n(&phase.done, __ATOMIC_ACQUIRE) < count; ++spins)
       if (spins > 200) sched_yield();
-    return __atomic_load_n(&phase.flag, __ATOMIC_RELAXED) != 0;
+    return __atomic_load_n(&phase.flag, __ATOMIC_RELAXED);
   }
 
  private:
   Phase* phase_;
 };
 
-VSOD_INLINE void raise_flag(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
+// Zero leaves a flag as it is.
+VSOD_INLINE void raise_flag(int64_t* flag, int64_t value = 1) {
+  if (value) __atomic_store_n(flag, value, __ATOMIC_RELAXED);
+}
 
 // ------------------------------------------------------------------ memory
 
@@ -117,14 +121,16 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { release(); }
 
-  // Room for `count` elements; what was there before is lost.  False: no memory.
-  bool reserve(int64_t count) { return count <= count_ || fresh(count); }
+  // Room for `count` elements; what was there before is lost.  Returns 0, or the bytes that there
+  // is no memory for.
+  int64_t reserve(int64_t count) { return count <= count_ ? 0 : fresh(count); }
 
   // The same, and all zeros.
-  bool zeros(int64_t count) {
-    if (!fresh(count)) return false;
-    if (!mapped()) memset(static_cast<void*>(data), 0, size_t(count) * sizeof(T));
-    return true;  // a new mapping is zeros
+  int64_t zeros(int64_t count) {
+    const int64_t missing = fresh(count);
+    // A new mapping is zeros.
+    if (!missing && !mapped()) memset(static_cast<void*>(data), 0, size_t(count) * sizeof(T));
+    return missing;
   }
 
   void release() {
@@ -136,9 +142,10 @@ struct Buffer {
  private:
   static constexpr size_t kLarge = size_t(1) << 20, kPage = size_t(1) << 21;
 
-  bool fresh(int64_t count) {
+  int64_t fresh(int64_t count) {
     release();
     count_ = count;
+    const int64_t wanted = int64_t(bytes());
     void* p = nullptr;
     if (!mapped()) {
       if (posix_memalign(&p, 64, bytes()) != 0) p = nullptr;
@@ -160,8 +167,9 @@ struct Buffer {
       }
     }
     data = static_cast<T*>(p);
-    if (!data) count_ = 0;
-    return data != nullptr;
+    if (data) return 0;
+    count_ = 0;
+    return wanted;
   }
 
   bool mapped() const { return bytes() >= kLarge; }
@@ -216,12 +224,8 @@ VSOD_INLINE Vec<float> log_positive(Vec<float> x) {
   return __builtin_convertvector(exponent, Vec<float>) * 0.69314718f + t * series;
 }
 
-VSOD_INLINE Vec<float> absolute(Vec<float> x) {
-  return Vec<float>(Vec<int32_t>(x) & 0x7fffffff);
-}
-
-// tanh(x / 2), which is sigmoid(x) - sigmoid(-x).
-VSOD_INLINE Vec<float> tanh_of_half(Vec<float> x) {
+// Q_1 - Q_0 = sigmoid(x) - sigmoid(-x) = tanh(x / 2) of the logit x.
+VSOD_INLINE Vec<float> marginal_difference(Vec<float> x) {
   const Vec<float> e = exp_nonpositive(-absolute(x));
   const Vec<float> y = (1.0f - e) / (1.0f + e);
   return x < 0.0f ? -y : y;
@@ -275,7 +279,7 @@ VSOD_INLINE void find_simplex(const Geometry<D>& geometry, const Vec<float>* fea
 #pragma GCC unroll 8
   for (int i = 0; i <= D; ++i) {
     rank[i] += excess;
-    const Vec<int32_t> below = rank[i] < 0, above = rank[i] > D;
+    const Vec<int32_t> below = rank[i]<0, above = rank[i]> D;
     rank[i] += (below & (D + 1)) - (above & (D + 1));
     base[i] += above - below;
     rest[i] += __builtin_convertvector(below - above, Vec<float>);
@@ -315,11 +319,13 @@ struct Table {
   int64_t used = 0;
   int shift = 0;
 
-  bool resize(int64_t at_least) {
+  static constexpr int64_t kMostSlots = int64_t(1) << 31;
+
+  int64_t resize(int64_t at_least) {
     capacity = 16, shift = 60;
     while (capacity < at_least) capacity *= 2, --shift;
     used = 0;
-    return capacity <= int64_t(1) << 31 && keys.zeros(capacity);
+    return capacity <= kMostSlots ? keys.zeros(capacity) : capacity * int64_t(sizeof(uint64_t));
   }
 
   VSOD_INLINE int64_t home(uint64_t stored) const {
@@ -385,15 +391,16 @@ struct Values {
     sums.release();
   }
 
-  bool reserve(int64_t vertices, int64_t channels, int64_t chunks) {
-    if (!a.reserve((vertices + 1) * channels + kLanes<float>) ||
-        !b.reserve((vertices + 1) * channels + kLanes<float>) ||
-        !sums.reserve(vertices * channels * chunks))
-      return false;
+  int64_t reserve(int64_t vertices, int64_t channels, int64_t chunks) {
+    const int64_t padded = (vertices + 1) * channels + kLanes<float>;
+    int64_t missing = a.reserve(padded);
+    if (!missing) missing = b.reserve(padded);
+    if (!missing) missing = sums.reserve(vertices * channels * chunks);
+    if (missing) return missing;
     a.data[vertices] = b.data[vertices] = 0;  // the norm is filtered with one channel
     memset(a.data + vertices * channels, 0, size_t(channels) * 4);
     memset(b.data + vertices * channels, 0, size_t(channels) * 4);
-    return true;
+    return 0;
   }
 };
 
@@ -403,7 +410,7 @@ struct Lattice {
 
   const Geometry<D>* geometry;
   int64_t points, blocks, vertices = 0;
-  int64_t capacity = 0;  // first size of the table
+  int64_t capacity = 0;        // first size of the table
   Buffer<char> corners;        // [blocks]: int32 ids [D + 1][kLanes], float weights likewise
   Buffer<int32_t> neighbours;  // [2][D + 1][vertices]: next, last
   Buffer<float> norm;          // [points], the diagonal of S
@@ -424,68 +431,79 @@ struct Lattice {
   VSOD_INLINE int32_t* next(int j) const { return neighbours.data + j * vertices; }
   VSOD_INLINE int32_t* last(int j) const { return neighbours.data + (D + 1 + j) * vertices; }
 
-  // features(block, out) gives the D features of kLanes points.  Returns true if it failed.
+  // features(block, out) gives the D features of kLanes points.  Returns 0, or the bytes that there
+  // is no memory for.
   template <class Features>
-  bool build(Walk& walk, Features features) {
-    if (walk.once([&](int64_t, int32_t* failed) {
-          if (!corners.reserve(blocks * kBlock * 8) ||
-              !norm.reserve(blocks * kLanes<float>) || !table.resize(capacity))
-            raise_flag(failed);
+  int64_t build(Walk& walk, Features features) {
+    if (const int64_t missing = hash(walk, features)) return missing;
+    if (const int64_t missing = rank(walk)) return missing;
+    walk.tasks([&](int64_t task, int64_t*) { link(task); });
+    walk.once([&](int64_t, int64_t*) {
+      entries.release();
+      spare.release();
+    });
+    return 0;
+  }
+
+  // All keys into the table, which grows until they fit; ids are slots of it.
+  template <class Features>
+  int64_t hash(Walk& walk, Features features) {
+    if (const int64_t missing = walk.once([&](int64_t, int64_t* flag) {
+          raise_flag(flag, corners.reserve(blocks * kBlock * 8));
+          raise_flag(flag, norm.reserve(blocks * kLanes<float>));
+          raise_flag(flag, table.resize(capacity));
         }))
-      return true;
-    for (int growth = 0;; ++growth) {
-      if (!walk.tasks([&](int64_t task, int32_t* full) { insert(task, full, features); })) break;
-      if (growth == kMaxGrowths) return true;
-      if (walk.once([&](int64_t, int32_t* failed) {
-            if (!table.resize(table.capacity * 4)) raise_flag(failed);
-          }))
-        return true;
-    }
-    walk.tasks([&](int64_t task, int32_t*) {
+      return missing;
+    while (walk.tasks([&](int64_t task, int64_t* full) { insert(task, full, features); }))
+      if (const int64_t missing = walk.once(
+              [&](int64_t, int64_t* flag) { raise_flag(flag, table.resize(table.capacity * 4)); }))
+        return missing;
+    return 0;
+  }
+
+  // Sorts the keys: there are `vertices` of them, and each slot of the table gets the rank of its
+  // key.
+  int64_t rank(Walk& walk) {
+    walk.tasks([&](int64_t task, int64_t*) {
       const Range r = part(table.capacity, task, kTasks);
       int64_t count = 0;
       for (int64_t i = r.begin; i < r.end; ++i) count += table.keys.data[i] != 0;
       counts[task] = count;
     });
-    if (walk.once([&](int64_t, int32_t* failed) {
+    if (const int64_t missing = walk.once([&](int64_t, int64_t* flag) {
           vertices = 0;
           for (int64_t& count : counts) {
             const int64_t mine = count;
             count = vertices;
             vertices += mine;
           }
-          if (!entries.reserve(vertices) || !spare.reserve(vertices)) raise_flag(failed);
+          raise_flag(flag, entries.reserve(vertices));
+          raise_flag(flag, spare.reserve(vertices));
         }))
-      return true;
-    walk.tasks([&](int64_t task, int32_t*) {
+      return missing;
+    walk.tasks([&](int64_t task, int64_t*) {
       const Range r = part(table.capacity, task, kTasks);
       Entry* to = entries.data + counts[task];
       for (int64_t i = r.begin; i < r.end; ++i)
         if (table.keys.data[i]) *to++ = {table.keys.data[i] - 1, int32_t(i)};
     });
-    if (walk.once([&](int64_t, int32_t* failed) {
+    if (const int64_t missing = walk.once([&](int64_t, int64_t* flag) {
           sorted = sort_entries(entries.data, spare.data, vertices, geometry->bits);
           (sorted == entries.data ? spare : entries).release();
-          if (!neighbours.reserve(2 * (D + 1) * vertices)) raise_flag(failed);
+          raise_flag(flag, neighbours.reserve(2 * (D + 1) * vertices));
         }))
-      return true;
-    walk.tasks([&](int64_t task, int32_t*) {
+      return missing;
+    walk.tasks([&](int64_t task, int64_t*) {
       const Range r = part(vertices, task, kTasks);
       for (int64_t i = r.begin; i < r.end; ++i) table.keys.data[sorted[i].slot] = uint64_t(i);
       for (int j = 0; j <= D; ++j)
-        for (int64_t i = r.begin; i < r.end; ++i)
-          last(j)[i] = int32_t(vertices);
+        for (int64_t i = r.begin; i < r.end; ++i) last(j)[i] = int32_t(vertices);
     });
-    walk.tasks([&](int64_t task, int32_t*) { link(task); });
-    walk.once([&](int64_t, int32_t*) {
-      entries.release();
-      spare.release();
-    });
-    return false;
+    return 0;
   }
 
   template <class Features>
-  void insert(int64_t task, int32_t* full, Features features) {
+  void insert(int64_t task, int64_t* full, Features features) {
     const Range r = part(blocks, task, kTasks);
     const int64_t limit = table.capacity / 8 * 5;
     for (int64_t block = r.begin; block < r.end; ++block) {
@@ -513,8 +531,7 @@ struct Lattice {
         }
         to[i] = int32_t(slot);
       }
-      if (added &&
-          __atomic_fetch_add(&table.used, added, __ATOMIC_RELAXED) + added > limit)
+      if (added && __atomic_fetch_add(&table.used, added, __ATOMIC_RELAXED) + added > limit)
         return raise_flag(full);
     }
   }
@@ -558,8 +575,7 @@ struct Lattice {
     const float* w = weights(block);
     float share[kBlock];
 #pragma GCC unroll 8
-    for (int k = 0; k <= D; ++k)
-      store(share + k * kLanes<float>, load(w + k * kLanes<float>) * x);
+    for (int k = 0; k <= D; ++k) store(share + k * kLanes<float>, load(w + k * kLanes<float>) * x);
     for (int lane = 0; lane < kLanes<float>; ++lane)  // k inside: D + 1 chains of additions
 #pragma GCC unroll 8
       for (int k = 0; k <= D; ++k)
@@ -604,7 +620,8 @@ struct Lattice {
     const int32_t *n = next(j), *l = last(j);
     int64_t i = r.begin;
     for (; i + kLanes<float> <= r.end; i += kLanes<float>)
-      store(to + i, load(from + i) + 0.5f * (gather(from, load(n + i)) + gather(from, load(l + i))));
+      store(to + i,
+            load(from + i) + 0.5f * (gather(from, load(n + i)) + gather(from, load(l + i))));
     for (; i < r.end; ++i) to[i] = from[i] + 0.5f * (from[n[i]] + from[l[i]]);
   }
 
@@ -633,8 +650,8 @@ struct Lattice {
     }
   }
 
-  VSOD_INLINE void splat_add(int64_t block, int lane, const float* x, int64_t channels,
-                             float scale, float* sums) const {
+  VSOD_INLINE void splat_add(int64_t block, int lane, const float* x, int64_t channels, float scale,
+                             float* sums) const {
     const int32_t* id = ids(block) + lane;
     const float* w = weights(block) + lane;
     for (int k = 0; k <= D; ++k) {
@@ -697,36 +714,25 @@ struct Run {
   Buffer<Phase> phase;  // [2 + threads + shared_images][phases]
   Work* work;           // one a thread
   int64_t arrived = 0;
-  int32_t failed = 0;
+  int64_t missing = 0;  // bytes that there is no memory for
 
   explicit Run(const Problem& problem)
-      : p(problem),
-        gaussian_geometry(make_geometry<2>(problem)),
-        bilateral_geometry(make_geometry<5>(problem)),
-        use_gaussian(problem.gaussian_weight > 0),
-        use_bilateral(problem.bilateral_weight > 0),
+      : p(problem), gaussian_geometry(problem.height, problem.width, problem.gaussian_sxy, 0),
+        bilateral_geometry(problem.height, problem.width, problem.bilateral_sxy,
+                           problem.bilateral_srgb),
+        use_gaussian(problem.gaussian_weight > 0), use_bilateral(problem.bilateral_weight > 0),
         points(problem.height * problem.width),
         blocks((points + kLanes<float> - 1) / kLanes<float>),
         channels(problem.classes ? round_up(problem.classes, kLanes<float>) : 1),
         phases(64 + 2 * kMaxGrowths + 8 * problem.iterations),
         shared_images(points < kSmallImage ? problem.batch % problem.threads : problem.batch),
         own_images(problem.batch - shared_images),
-        work(new Work[size_t(problem.threads)]) {
+        work(new (std::nothrow) Work[size_t(problem.threads)]) {
     prepare(gaussian, gaussian_geometry, points / 2);
-    if (!phase.zeros((2 + p.threads + shared_images) * phases)) failed = 1;
+    missing = work ? phase.zeros((2 + p.threads + shared_images) * phases)
+                   : problem.threads * int64_t(sizeof(Work));
   }
   ~Run() { delete[] work; }
-
-  template <int D>
-  static Geometry<D> make_geometry(const Problem& p) {
-    double size[5], unit[5];
-    const double pixels[5] = {double(p.width - 1), double(p.height - 1), 255, 255, 255};
-    for (int i = 0; i < 5; ++i) {
-      unit[i] = D == 2 ? p.gaussian_sxy : i < 2 ? p.bilateral_sxy : p.bilateral_srgb;
-      size[i] = pixels[i] / unit[i];
-    }
-    return Geometry<D>(size, unit);
-  }
 
   template <int D>
   void prepare(Lattice<D>& lattice, const Geometry<D>& geometry, int64_t capacity) const {
@@ -765,88 +771,93 @@ struct Run {
   // Filters ones and makes the norm of it: after build(), ids are slots of the table until then.
   template <int D>
   void normalise(Walk& walk, Lattice<D>& lattice, Values& values, const int64_t& chunks) {
-    walk.tasks([&](int64_t task, int32_t*) { lattice.renumber(task, chunks, values); });
-    walk.once([&](int64_t, int32_t*) { lattice.table.keys.release(); });
-    walk.tasks([&](int64_t task, int32_t*) { lattice.reduce(task, chunks, 1, values); });
+    walk.tasks([&](int64_t task, int64_t*) { lattice.renumber(task, chunks, values); });
+    walk.once([&](int64_t, int64_t*) { lattice.table.keys.release(); });
+    walk.tasks([&](int64_t task, int64_t*) { lattice.reduce(task, chunks, 1, values); });
     for (int j = 0; j <= D; ++j)
-      walk.tasks([&](int64_t task, int32_t*) { lattice.blur(task, j, values); });
+      walk.tasks([&](int64_t task, int64_t*) { lattice.blur(task, j, values); });
   }
 
-  // The lattice of positions is the same for every image of the call.
-  bool start(Walk& walk) {
-    if (!use_gaussian) return false;
+  // The lattice of positions is the same for every image of the call.  Like image() it returns 0,
+  // or the bytes that there is no memory for.
+  int64_t start(Walk& walk) {
+    if (!use_gaussian) return 0;
     const auto features = [&](int64_t block, Vec<float>* f) { positions(block, f); };
-    if (gaussian.build(walk, features)) return true;
+    if (const int64_t bytes = gaussian.build(walk, features)) return bytes;
     static constexpr int64_t kChunks = 8;
-    if (walk.once([&](int64_t, int32_t* failed) {
-          if (!norm_values.reserve(gaussian.vertices, 1, kChunks)) raise_flag(failed);
+    if (const int64_t bytes = walk.once([&](int64_t, int64_t* flag) {
+          raise_flag(flag, norm_values.reserve(gaussian.vertices, 1, kChunks));
         }))
-      return true;
+      return bytes;
     normalise(walk, gaussian, norm_values, kChunks);
-    walk.tasks([&](int64_t task, int32_t*) {
+    walk.tasks([&](int64_t task, int64_t*) {
       const Range r = part(blocks, task, kTasks);
       for (int64_t block = r.begin; block < r.end; ++block)
         gaussian.set_norm(block, Lattice<2>::blurred(norm_values));
     });
-    walk.once([&](int64_t, int32_t*) { norm_values.release(); });
-    return false;
+    walk.once([&](int64_t, int64_t*) { norm_values.release(); });
+    return 0;
   }
 
-  // Returns true if it failed.
-  bool image(Walk& walk, Work& w, int64_t index) {
+  int64_t image(Walk& walk, Work& w, int64_t index) {
+    if (const int64_t bytes = build(walk, w, index)) return bytes;
+    if (use_bilateral) normalise(walk, w.bilateral, w.bilateral_values, w.chunks);
+    walk.tasks([&](int64_t task, int64_t*) { first_pass(task, w, index); });
+    iterate(walk, w, index);
+    return 0;
+  }
+
+  // The lattice of the image, and room for what is filtered on both.
+  int64_t build(Walk& walk, Work& w, int64_t index) {
     const int64_t pixels = index * 3 * points;
-    if (walk.once([&](int64_t, int32_t* failed) {
+    if (const int64_t bytes = walk.once([&](int64_t, int64_t* flag) {
           prepare(w.bilateral, bilateral_geometry, points);
-          if (!w.logits.reserve(blocks * kLanes<float> * channels) ||
-              !w.rows.reserve(kTasks * channels))
-            raise_flag(failed);
+          raise_flag(flag, w.logits.reserve(blocks * kLanes<float> * channels));
+          raise_flag(flag, w.rows.reserve(kTasks * channels));
         }))
-      return true;
+      return bytes;
     if (use_bilateral) {
       const auto features = [&](int64_t block, Vec<float>* f) {
         positions(block, f);
-        if (p.image_is_float)
-          colours(block, static_cast<const float*>(p.image) + pixels, f + 2);
-        else
-          colours(block, static_cast<const uint8_t*>(p.image) + pixels, f + 2);
+        if (p.image_is_float) colours(block, static_cast<const float*>(p.image) + pixels, f + 2);
+        else colours(block, static_cast<const uint8_t*>(p.image) + pixels, f + 2);
       };
-      if (w.bilateral.build(walk, features)) return true;
+      if (const int64_t bytes = w.bilateral.build(walk, features)) return bytes;
     }
-    if (walk.once([&](int64_t, int32_t* failed) {
-          w.chunks = chunk_count(points, larger(use_bilateral ? w.bilateral.vertices : 0,
-                                                use_gaussian ? gaussian.vertices : 0),
-                                 channels);
-          if (use_bilateral &&
-              !w.bilateral_values.reserve(w.bilateral.vertices, channels, w.chunks))
-            raise_flag(failed);
-          if (use_gaussian && !w.gaussian_values.reserve(gaussian.vertices, channels, w.chunks))
-            raise_flag(failed);
-        }))
-      return true;
-    if (use_bilateral) normalise(walk, w.bilateral, w.bilateral_values, w.chunks);
-    walk.tasks([&](int64_t task, int32_t*) { first_pass(task, w, index); });
+    return walk.once([&](int64_t, int64_t* flag) {
+      w.chunks = chunk_count(
+          points,
+          larger(use_bilateral ? w.bilateral.vertices : 0, use_gaussian ? gaussian.vertices : 0),
+          channels);
+      if (use_bilateral)
+        raise_flag(flag, w.bilateral_values.reserve(w.bilateral.vertices, channels, w.chunks));
+      if (use_gaussian)
+        raise_flag(flag, w.gaussian_values.reserve(gaussian.vertices, channels, w.chunks));
+    });
+  }
+
+  void iterate(Walk& walk, Work& w, int64_t index) {
     const int directions = use_bilateral ? 6 : 3;
     // Few threads and few vertices: a blur takes less time than threads need to meet after it.
-    const bool one_task = walk.once([&](int64_t, int32_t* small) {
+    const bool one_task = walk.once([&](int64_t, int64_t* small) {
       const int64_t vertices = larger(w.bilateral.vertices, gaussian.vertices);
       if (p.threads <= 4 && vertices * channels < 150000) raise_flag(small);
     });
     for (int64_t t = 0; t < p.iterations; ++t) {
       if (one_task) {
-        walk.once([&](int64_t, int32_t*) {
+        walk.once([&](int64_t, int64_t*) {
           for (int64_t task = 0; task < kTasks; ++task) reduce_both(task, w);
           for (int j = 0; j < directions; ++j)
             for (int64_t task = 0; task < kTasks; ++task) blur_both(task, j, w);
         });
       } else {
-        walk.tasks([&](int64_t task, int32_t*) { reduce_both(task, w); });
+        walk.tasks([&](int64_t task, int64_t*) { reduce_both(task, w); });
         for (int j = 0; j < directions; ++j)
-          walk.tasks([&](int64_t task, int32_t*) { blur_both(task, j, w); });
+          walk.tasks([&](int64_t task, int64_t*) { blur_both(task, j, w); });
       }
       const bool is_last = t + 1 == p.iterations;
-      walk.tasks([&](int64_t task, int32_t*) { pass(task, w, index, is_last); });
+      walk.tasks([&](int64_t task, int64_t*) { pass(task, w, index, is_last); });
     }
-    return false;
   }
 
   void reduce_both(int64_t task, Work& w) const {
@@ -900,7 +911,7 @@ struct Run {
         for (int64_t i = 0; first + i < points; ++i) q[i] = prob[first + i];
       const Vec<float> logit = log_positive(clipped(q)) - log_positive(clipped(1.0f - q));
       store(w.logits.data + first, logit);
-      splat_both(block, task, w, tanh_of_half(logit));
+      splat_both(block, task, w, marginal_difference(logit));
     }
   }
 
@@ -920,11 +931,10 @@ struct Run {
         logit += gaussian.slice(block, gaussian_values) * load(gaussian.norm.data + first) *
                  (p.gaussian_weight * Lattice<2>::kAlpha);
       if (use_bilateral)
-        logit += w.bilateral.slice(block, bilateral_values) *
-                 load(w.bilateral.norm.data + first) *
+        logit += w.bilateral.slice(block, bilateral_values) * load(w.bilateral.norm.data + first) *
                  (p.bilateral_weight * Lattice<5>::kAlpha);
       if (!is_last) {
-        splat_both(block, task, w, tanh_of_half(logit));
+        splat_both(block, task, w, marginal_difference(logit));
         continue;
       }
       const Vec<float> q = sigmoid(logit);
@@ -960,8 +970,7 @@ struct Run {
                          w.gaussian_values.sums.data + task * gaussian.vertices * channels);
     if (use_bilateral)
       w.bilateral.splat_add(block, lane, q, channels, w.bilateral.norm.data[n],
-                            w.bilateral_values.sums.data +
-                                task * w.bilateral.vertices * channels);
+                            w.bilateral_values.sums.data + task * w.bilateral.vertices * channels);
   }
 
   void first_pass_channels(int64_t task, Work& w, int64_t index) {
@@ -997,14 +1006,13 @@ struct Run {
         gaussian.slice_add(block, lane, gaussian_values, channels,
                            gaussian.norm.data[n] * (p.gaussian_weight * Lattice<2>::kAlpha), q);
       if (use_bilateral)
-        w.bilateral.slice_add(
-            block, lane, bilateral_values, channels,
-            w.bilateral.norm.data[n] * (p.bilateral_weight * Lattice<5>::kAlpha), q);
+        w.bilateral.slice_add(block, lane, bilateral_values, channels,
+                              w.bilateral.norm.data[n] * (p.bilateral_weight * Lattice<5>::kAlpha),
+                              q);
       softmax(q);
       if (is_last)
         for (int64_t c = 0; c < p.classes; ++c) out[c * points + n] = q[c];
-      else
-        splat_channels(block, lane, task, w, q);
+      else splat_channels(block, lane, task, w, q);
     }
   }
 };
@@ -1013,35 +1021,49 @@ struct Run {
 void work_through(Run& run) {
   const int64_t me = __atomic_fetch_add(&run.arrived, 1, __ATOMIC_RELAXED);
   const auto walk = [&](int64_t i) { return Walk(run.phase.data + i * run.phases); };
-  const auto fail = [&] { raise_flag(&run.failed); };
+  const auto failed = [&](int64_t missing) {
+    raise_flag(&run.missing, missing);
+    return missing != 0;
+  };
   Walk first = walk(0);
-  if (run.start(first)) return fail();
+  if (failed(run.start(first))) return;
   Walk own_images = walk(1);
-  own_images.run(run.own_images, [&](int64_t index, int32_t*) {
+  own_images.run(run.own_images, [&](int64_t index, int64_t*) {
     Phase* phases = run.phase.data + (2 + me) * run.phases;
     memset(static_cast<void*>(phases), 0, size_t(run.phases) * sizeof(Phase));
     Walk alone(phases);
-    if (run.image(alone, run.work[me], index)) fail();
+    failed(run.image(alone, run.work[me], index));
   });
   for (int64_t i = 0; i < run.shared_images; ++i) {
     Walk together = walk(2 + run.p.threads + i);
-    if (run.image(together, run.work[0], run.own_images + i)) return fail();
+    if (failed(run.image(together, run.work[0], run.own_images + i))) return;
   }
 }
 
-Status run(const Problem& p, Parallel parallel) {
+int64_t forward(const Problem& p, Parallel parallel) {
   Run state(p);
-  if (state.failed) return kNoMemory;
-  if (state.use_gaussian && !state.gaussian_geometry.fits) return kGaussianTooFine;
-  if (state.use_bilateral && !state.bilateral_geometry.fits) return kBilateralTooFine;
-  parallel([](void* context) { work_through(*static_cast<Run*>(context)); }, &state);
-  return state.failed ? kNoMemory : kDone;
+  if (!state.missing)
+    parallel([](void* context) { work_through(*static_cast<Run*>(context)); }, &state);
+  return state.missing;
 }
+
+constexpr Kernel kKernel = {forward};
 
 }  // namespace
 
-extern const Kernel dense_crf_kernel;
-constexpr Kernel dense_crf_kernel = {run};
+extern const Kernel* const dense_crf_kernels[];
+const Kernel* const dense_crf_kernels[] = {&kKernel};
+
+}  // namespace VSOD_LEVEL
+}  // namespace vsod
+
+#else
+
+namespace vsod {
+namespace VSOD_LEVEL {
+
+extern const dense_crf::Kernel* const dense_crf_kernels[];
+const dense_crf::Kernel* const dense_crf_kernels[] = {nullptr};
 
 }  // namespace VSOD_LEVEL
 }  // namespace vsod

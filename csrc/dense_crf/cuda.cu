@@ -1,6 +1,6 @@
 // dense_crf on the GPU: mean field of a fully connected CRF, filtered on permutohedral lattices.
 //
-// What it computes is in cuda_phases.h, one struct a launch; the order of launches in cuda_run.h.
+// What it computes is in cuda_kernels.h, one struct a launch; the order of launches in cuda_run.h.
 // Here: how a struct becomes a launch, the sort and the scan of CUB, and the registration.
 //
 // Every launch is one thread an index, because every step needs the whole of the step before: a
@@ -97,9 +97,7 @@ Tensor forward_cuda(const Tensor& prob, const Tensor& image, int64_t iterations,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vsod_ops, CUDA, m) {
-  m.impl("dense_crf_cuda", TORCH_BOX(&forward_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(vsod_ops, CUDA, m) { m.impl("dense_crf_cuda", TORCH_BOX(&forward_cuda)); }
 
 }  // namespace dense_crf_cuda
 }  // namespace vsod

@@ -26,7 +26,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_phases.h"
+#include "cuda_kernels.h"
 
 namespace vsod {
 namespace dense_crf_cuda {
@@ -58,17 +58,6 @@ class Memory {
   const Tensor& like_;
   std::vector<Tensor> held_;
 };
-
-template <int D>
-Geometry<D> make_geometry(int64_t height, int64_t width, const Problem& p) {
-  double size[5], unit[5];
-  const double pixels[5] = {double(width - 1), double(height - 1), 255, 255, 255};
-  for (int i = 0; i < 5; ++i) {
-    unit[i] = D == 2 ? p.gaussian_sxy : i < 2 ? p.bilateral_sxy : p.bilateral_srgb;
-    size[i] = pixels[i] / unit[i];
-  }
-  return Geometry<D>(size, unit);
-}
 
 inline int bits_for(int64_t values) {
   int bits = 0;
@@ -121,8 +110,8 @@ Lattice build(const Launcher& launch, const Geometry<D>& geometry, const Tensor&
     vertex_keys = scratch.get<uint64_t>(lattice.vertices);
     uint32_t* rows = memory.get<uint32_t>(lattice.vertices + 1);
     lattice.rows = rows;
-    launch(RowKernel{pairs, points, keys, pair, vertices, weights, vertex_keys, rows, ids,
-                     entries});
+    launch(
+        RowKernel{pairs, points, keys, pair, vertices, weights, vertex_keys, rows, ids, entries});
   }
   Segment* segment = memory.get<Segment>(lattice.segments);
   lattice.segment = segment;
@@ -145,13 +134,13 @@ Lattice build(const Launcher& launch, const Geometry<D>& geometry, const Tensor&
 
 inline void check(const Tensor& prob, const Tensor& image, bool on_host) {
   STD_TORCH_CHECK((on_host ? prob.is_cpu() && image.is_cpu() : prob.is_cuda() && image.is_cuda()) &&
-                      prob.get_device_index() == image.get_device_index() &&
-                      prob.is_contiguous() && image.is_contiguous(),
+                      prob.get_device_index() == image.get_device_index() && prob.is_contiguous() &&
+                      image.is_contiguous(),
                   "dense_crf: prob and image must be contiguous tensors of one device");
-  STD_TORCH_CHECK(prob.scalar_type() == ScalarType::Float &&
-                      (image.scalar_type() == ScalarType::Byte ||
-                       image.scalar_type() == ScalarType::Float),
-                  "dense_crf: prob must be float32, image uint8 or float32");
+  STD_TORCH_CHECK(
+      prob.scalar_type() == ScalarType::Float &&
+          (image.scalar_type() == ScalarType::Byte || image.scalar_type() == ScalarType::Float),
+      "dense_crf: prob must be float32, image uint8 or float32");
   const int64_t d = prob.dim();
   STD_TORCH_CHECK((d == 3 || (d == 4 && prob.size(1) >= 2)) && image.dim() == 4 &&
                       image.size(0) == prob.size(0) && image.size(1) == 3 &&
@@ -174,8 +163,8 @@ Tensor forward(const Launcher& launch, const Tensor& prob, const Tensor& image, 
   if (batch * pixels == 0) return out;
 
   const bool use_gaussian = p.gaussian_weight > 0, use_bilateral = p.bilateral_weight > 0;
-  const Geometry<2> positions = make_geometry<2>(height, width, p);
-  const Geometry<5> colours = make_geometry<5>(height, width, p);
+  const Geometry<2> positions(height, width, p.gaussian_sxy, 0);
+  const Geometry<5> colours(height, width, p.bilateral_sxy, p.bilateral_srgb);
   STD_TORCH_CHECK(!use_gaussian || positions.fits, "dense_crf: gaussian_sxy = ", p.gaussian_sxy,
                   " is too small for an image of this size");
   STD_TORCH_CHECK(!use_bilateral || colours.fits, "dense_crf: bilateral_sxy = ", p.bilateral_sxy,
@@ -189,8 +178,7 @@ Tensor forward(const Launcher& launch, const Tensor& prob, const Tensor& image, 
   // The lattice of positions is the same for every image of the call.
   Memory lasting(image);
   Lattice gaussian{};
-  if (use_gaussian)
-    gaussian = build<2>(launch, positions, image, nullptr, 1, lasting);
+  if (use_gaussian) gaussian = build<2>(launch, positions, image, nullptr, 1, lasting);
 
   const int64_t pixel_bytes = image.scalar_type() == ScalarType::Float ? 4 : 1;
   for (int64_t first = 0; first < batch; first += group) {

@@ -17,22 +17,25 @@ namespace VSOD_LEVEL {
 // by side, each less its lowest value.
 template <int D>
 struct Geometry {
-  float scale[D];        // of feature i, from its unit to the lattice's
-  int64_t step[D + 1];   // key of the next vertex along direction i, less the key
-  int64_t origin;        // key of the vertex whose integers are all zero
+  float scale[D];       // of feature i, from its unit to the lattice's
+  int64_t step[D + 1];  // key of the next vertex along direction i, less the key
+  int64_t origin;       // key of the vertex whose integers are all zero
   int shift[D];
-  int bits;              // of a key
+  int bits;  // of a key
   bool fits;
 
-  // size[i]: feature i lies in 0..size[i], in standard deviations; unit[i]: one standard deviation.
-  Geometry(const double* size, const double* unit) {
+  // Features: x and y of an image's pixels, with standard deviation sxy, and (D = 5) three colours
+  // in 0..255, with srgb.
+  Geometry(int64_t height, int64_t width, double sxy, double srgb) {
     double extent[D + 1] = {};  // extent[i]: of feature i (from 1) on the lattice
     const double deviation = sqrt(2.0 / 3.0) * (D + 1);
     bool small_enough = true;
     for (int i = 0; i < D; ++i) {
+      const double most = i == 0 ? double(width - 1) : i == 1 ? double(height - 1) : 255;
+      const double unit = i < 2 ? sxy : srgb;
       const double per_deviation = deviation / sqrt((i + 1.0) * (i + 2.0));
-      scale[i] = float(per_deviation / unit[i]);
-      extent[i + 1] = per_deviation * size[i];
+      scale[i] = float(per_deviation / unit);
+      extent[i + 1] = per_deviation * (most / unit);
       // Coordinates must leave float32 some digits for the weights.
       small_enough = small_enough && extent[i + 1] * (D + 2) < double(1 << 19);
     }

@@ -13,25 +13,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/cpu_level.h"
+#include "../common/levels.h"
 #include "../common/parallel.h"
+#include "../common/tensors.h"
 
 namespace vsod {
 
-namespace portable {
-extern const shunted_attention::Kernel kernels[];
-}
-#if defined(VSOD_X86_LEVELS)
-namespace avx2 {
-extern const shunted_attention::Kernel kernels[];
-}
-namespace avx512 {
-extern const shunted_attention::Kernel kernels[];
-}
-namespace avx512bf16 {
-extern const shunted_attention::Kernel bfloat16_kernel;
-}
-#endif
+VSOD_LEVEL_TABLES(const shunted_attention::Kernel*, shunted_attention_kernels)
 
 namespace shunted_attention {
 namespace {
@@ -40,26 +28,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::Double: return kFloat64;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::BFloat16: return kBFloat16;
-    default: STD_TORCH_CHECK(false, "shunted_attention: q has a dtype that it does not take");
-  }
-}
-
-const Kernel& kernel_for(Dtype dtype) {
-  switch (cpu_level()) {
-#if defined(VSOD_X86_LEVELS)
-    case CpuLevel::kAvx512Bf16:
-      return dtype == kBFloat16 ? avx512bf16::bfloat16_kernel : avx512::kernels[dtype];
-    case CpuLevel::kAvx512: return avx512::kernels[dtype];
-    case CpuLevel::kAvx2: return avx2::kernels[dtype];
-#endif
-    default: return portable::kernels[dtype];
-  }
+const Kernel& kernel_for(const Tensor& q) {
+  return *shunted_attention_kernels(dtype_of("shunted_attention", "q", q));
 }
 
 Operand operand(const Tensor& x) {
@@ -95,8 +65,9 @@ std::vector<Group> make_groups(const Tensors& keys, const Tensors& values) {
   std::vector<Group> groups(keys.size());
   int64_t first_head = 0;
   for (size_t g = 0; g < keys.size(); ++g) {
-    groups[g] = Group{first_head,        keys[g].size(1), keys[g].size(2), operand(keys[g]),
-                      operand(values[g]), {},              {},              nullptr};
+    groups[g] = Group{
+        first_head, keys[g].size(1), keys[g].size(2), operand(keys[g]), operand(values[g]), {},
+        {},         nullptr};
     first_head += keys[g].size(1);
   }
   return groups;
@@ -107,23 +78,18 @@ void longest_first(std::vector<Group>& groups) {
                    [](const Group& a, const Group& b) { return a.length > b.length; });
 }
 
-ScalarType compute_type(Dtype dtype) {
-  return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, Tensors keys, Tensors values, double scale) {
   check(q, keys, values);
-  const Dtype dtype = dtype_of(q);
-  const Kernel& kernel = kernel_for(dtype);
+  const Kernel& kernel = kernel_for(q);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), head_dim = q.size(3);
   Tensor out = torch::stable::empty_like(q);
-  Tensor lse = torch::stable::new_empty(q, {batch, heads, queries}, compute_type(dtype));
+  Tensor lse = torch::stable::new_empty(q, {batch, heads, queries}, compute_type(q));
   std::vector<Group> groups = make_groups(keys, values);
   Tensors packed;
   for (Group& group : groups) {
     packed.push_back(torch::stable::new_empty(
         q, {batch * group.heads * kernel.packed_elements(group.length, head_dim)},
-        compute_type(dtype)));
+        compute_type(q)));
     group.packed = packed.back().data_ptr();
   }
   longest_first(groups);
@@ -132,7 +98,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, Tensors keys, Tensors values
   problem.head_dim = head_dim, problem.scale = scale;
   problem.group_count = int64_t(groups.size()), problem.groups = groups.data();
   problem.q = operand(q), problem.out = operand(out), problem.lse = lse.data_ptr();
-  kernel.forward(problem, on_each_thread);
+  check_memory("shunted_attention", kernel.forward(problem, on_each_thread));
   return {out, lse};
 }
 
@@ -146,8 +112,7 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
                   "shunted_attention: grad_out, out and q must have one shape, lse be contiguous");
   STD_TORCH_CHECK(grad_out.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
                   "shunted_attention: grad_out and out must have q's dtype");
-  const Dtype dtype = dtype_of(q);
-  const Kernel& kernel = kernel_for(dtype);
+  const Kernel& kernel = kernel_for(q);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), head_dim = q.size(3);
 
   const auto gradient = [&](const Tensor& x, bool need) {
@@ -170,19 +135,17 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
   problem.group_count = int64_t(groups.size()), problem.groups = groups.data();
   problem.q = operand(q), problem.out = operand(out), problem.lse = lse.data_ptr();
   problem.grad_out = operand(grad_out);
-  Tensor row_terms =
-      torch::stable::new_empty(q, {2, batch, heads, queries}, compute_type(dtype));
+  Tensor row_terms = torch::stable::new_empty(q, {2, batch, heads, queries}, compute_type(q));
   problem.row_terms = row_terms.data_ptr();
-  const int64_t dq_numbers =
-      need_q ? batch * heads * kernel.dq_sum_elements(queries, head_dim) : 0;
-  Tensor dq_sum = torch::stable::new_empty(q, {dq_numbers}, compute_type(dtype));
+  const int64_t dq_numbers = need_q ? batch * heads * kernel.dq_sum_elements(queries, head_dim) : 0;
+  Tensor dq_sum = torch::stable::new_empty(q, {dq_numbers}, compute_type(q));
   Tensor turns = torch::stable::new_zeros(q, {batch, heads, queries}, ScalarType::Int);
   if (need_q) {
     problem.dq = operand(dq);
     problem.dq_sum = dq_sum.data_ptr();
   }
   problem.turns = static_cast<int32_t*>(turns.data_ptr());
-  kernel.backward(problem, on_each_thread);
+  check_memory("shunted_attention", kernel.backward(problem, on_each_thread));
   return {dq, dkeys, dvalues};
 }
 

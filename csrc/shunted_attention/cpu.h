@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "../common/kernel.h"
+
 namespace vsod {
 namespace shunted_attention {
 
@@ -19,34 +21,30 @@ struct Operand {
 struct Group {
   int64_t first_head, heads, length;
   Operand k, v;
-  Operand dk, dv;     // backward only; data is null where no gradient is needed
-  void* packed;       // forward only: packed_bytes(...) for the keys and values of the group
+  Operand dk, dv;  // backward only; data is null where no gradient is needed
+  void* packed;    // forward only: packed_bytes(...) for the keys and values of the group
 };
 
 struct Problem {
   int64_t batch, heads, queries, head_dim;
   double scale;
   int64_t group_count;
-  Group* groups;       // longest first: the heavy tasks start first
+  Group* groups;  // longest first: the heavy tasks start first
   Operand q, out;
-  void* lse;           // (batch, heads, queries), contiguous, compute type
+  void* lse;             // (batch, heads, queries), contiguous, compute type
   Operand grad_out, dq;  // backward only; dq.data is null where no gradient is needed
-  void* dq_sum;        // backward only: (batch, heads, padded queries, padded head_dim)
-  void* row_terms;     // backward only: (2, batch, heads, queries): lse in base 2, delta
-  int32_t* turns;      // backward only: (batch, heads, queries), zero: key blocks added to dq_sum
+  void* dq_sum;          // backward only: (batch, heads, padded queries, padded head_dim)
+  void* row_terms;       // backward only: (2, batch, heads, queries): lse in base 2, delta
+  int32_t* turns;        // backward only: (batch, heads, queries), zero: key blocks added to dq_sum
 };
-
-// Runs body(context) once on each thread of torch's pool.
-using Parallel = void (*)(void (*body)(void* context), void* context);
 
 struct Kernel {
-  int64_t (*packed_elements)(int64_t length, int64_t head_dim);  // of 4 (float64: 8) bytes, a head
+  int64_t (*packed_elements)(int64_t length, int64_t head_dim);   // of 4 (float64: 8) bytes, a head
   int64_t (*dq_sum_elements)(int64_t queries, int64_t head_dim);  // a head
-  void (*forward)(const Problem&, Parallel);
-  void (*backward)(const Problem&, Parallel);
+  // Both return 0, or the bytes of scratch that there is no memory for.
+  int64_t (*forward)(const Problem&, Parallel);
+  int64_t (*backward)(const Problem&, Parallel);
 };
-
-enum Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kDtypeCount };
 
 }  // namespace shunted_attention
 }  // namespace vsod

@@ -25,7 +25,6 @@
 #include "cpu.h"
 
 #include <sched.h>
-#include <stdlib.h>
 
 #include "../common/scratch.h"
 #include "../common/simd.h"
@@ -47,8 +46,8 @@ constexpr int kPad = 16;  // breaks the power-of-two stride of score tiles
 // Elements are plain numbers.
 template <class T>
 struct PlainOp {
-  using Number = T;   // accumulators, scores, softmax
-  using Element = T;  // what the products read
+  using Number = T;                     // accumulators, scores, softmax
+  using Element = T;                    // what the products read
   static constexpr int kDepthStep = 1;  // numbers along the depth in one element
   static constexpr int kExpDegree = 5;
   static VSOD_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
@@ -69,10 +68,10 @@ struct PairOp {
 
 constexpr int kTileColumnVectors = 2;
 template <class Op>
-constexpr int kTileColumns = kTileColumnVectors* kLanes<typename Op::Number>;
+constexpr int kTileColumns = kTileColumnVectors * kLanes<typename Op::Number>;
 // Keys of one backward task, about 224: whole register tiles as rows (dK, dV) and columns (S, dP).
 template <class Op>
-constexpr int kBlockKeys = 448 / (kTileRows * kTileColumns<Op>) * (kTileRows * kTileColumns<Op> / 2);
+constexpr int kBlockKeys = 448 / (kTileRows * kTileColumns<Op>)*(kTileRows * kTileColumns<Op> / 2);
 
 // ------------------------------------------------------------------ register tile
 
@@ -114,21 +113,21 @@ VSOD_INLINE void accumulate(const typename Op::Element* a, int64_t a_panel_strid
     const auto* a_panel = a + i0 / kTileRows * a_panel_stride;
     for (int64_t j = 0; j < columns; j += kTileColumns<Op>) {
       Number* c_tile = c + i0 * c_stride + j;
-      tile_product<Op, kRowStep, kStep>(
-          a_panel, b + j, b_stride, depth,
-          [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
-            Number* row = c_tile + i * c_stride;
-            if constexpr (!kFirst && kScaleRows) {
-              const Vec<Number> x = broadcast(row_scale[i0 + i]);
-              s0 += load(row) * x;
-              s1 += load(row + kN) * x;
-            } else if constexpr (!kFirst) {
-              s0 += load(row);
-              s1 += load(row + kN);
-            }
-            store(row, s0);
-            store(row + kN, s1);
-          });
+      tile_product<Op, kRowStep, kStep>(a_panel, b + j, b_stride, depth,
+                                        [&](int i, Vec<Number> s0, Vec<Number> s1)
+                                            __attribute__((always_inline)) {
+                                              Number* row = c_tile + i * c_stride;
+                                              if constexpr (!kFirst && kScaleRows) {
+                                                const Vec<Number> x = broadcast(row_scale[i0 + i]);
+                                                s0 += load(row) * x;
+                                                s1 += load(row + kN) * x;
+                                              } else if constexpr (!kFirst) {
+                                                s0 += load(row);
+                                                s1 += load(row + kN);
+                                              }
+                                              store(row, s0);
+                                              store(row + kN, s1);
+                                            });
     }
   }
 }
@@ -237,27 +236,32 @@ VSOD_INLINE void write_row(const Number* src, Number factor, int64_t count, Stor
   }
 }
 
-// ------------------------------------------------------------------ tasks and scratch
+// ------------------------------------------------------------------ tasks
 
 struct Task {
   const Group* group;
   int64_t b, h, block;  // h within the group
 };
 
-// Task `index` of those of all groups, in the order of the groups, `blocks(group)` a head.
+// Tasks of all groups, in the order of the groups, `blocks(group)` a head.
 template <class Blocks>
-VSOD_INLINE bool find_task(const Problem& p, int64_t index, Blocks blocks, Task* task) {
-  for (int64_t g = 0; g < p.group_count; ++g) {
+VSOD_INLINE int64_t count_tasks(const Problem& p, Blocks blocks) {
+  int64_t count = 0;
+  for (int64_t g = 0; g < p.group_count; ++g)
+    count += p.batch * p.groups[g].heads * blocks(p.groups[g]);
+  return count;
+}
+template <class Blocks>
+VSOD_INLINE Task find_task(const Problem& p, int64_t index, Blocks blocks) {
+  for (int64_t g = 0;; ++g) {
     const Group& group = p.groups[g];
     const int64_t per_head = blocks(group), count = p.batch * group.heads * per_head;
     if (index < count) {
       const int64_t head = index / per_head;
-      *task = {&group, head / group.heads, head % group.heads, index % per_head};
-      return true;
+      return {&group, head / group.heads, head % group.heads, index % per_head};
     }
     index -= count;
   }
-  return false;
 }
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
@@ -270,11 +274,10 @@ struct ForwardLayout {
   int64_t depth;       // elements along head_dim
   int64_t padded_dim;  // numbers, whole register tiles
   explicit ForwardLayout(int64_t head_dim)
-      : depth(ceil_div(head_dim, Op::kDepthStep)), padded_dim(round_up(head_dim, kTileColumns<Op>)) {}
+      : depth(ceil_div(head_dim, Op::kDepthStep)),
+        padded_dim(round_up(head_dim, kTileColumns<Op>)) {}
   // A head's packed copy: key panels, then value rows.
-  int64_t key_elements(int64_t length) const {
-    return round_up(length, kTileColumns<Op>) * depth;
-  }
+  int64_t key_elements(int64_t length) const { return round_up(length, kTileColumns<Op>) * depth; }
   int64_t value_elements(int64_t length) const {
     return ceil_div(length, Op::kDepthStep) * padded_dim;
   }
@@ -292,14 +295,16 @@ struct Forward {
   using Element = typename Op::Element;
   static constexpr int kN = kLanes<Number>;
   static constexpr int kColumns = kTileColumns<Op>;
+  static constexpr bool kPairs = Op::kDepthStep == 2;
   static constexpr int kScoreStride = kForwardKeys + kPad;
-  static constexpr int kProbStride = kForwardKeys / Op::kDepthStep + kPad;
+  static constexpr int kProbStride =  // of P: pairs, or the scores in place
+      kPairs ? kForwardKeys / Op::kDepthStep + kPad : kScoreStride;
+  static constexpr Number kLowest = -Number(INFINITY);
 
   const Problem& p;
   ForwardLayout<Op> layout;
   Number factor;  // |scale| in base 2
   bool negate;    // q is negated where scale is negative, so that the maximum is one of S
-  Counter pack_tasks, tasks;
 
   explicit Forward(const Problem& problem)
       : p(problem), layout(problem.head_dim), factor(fabs(problem.scale) * kLog2e),
@@ -312,33 +317,134 @@ struct Forward {
 
   static int64_t key_blocks(const Group& group) { return ceil_div(group.length, kForwardKeys); }
 
+  // Rows are staged with room for whole tiles.
+  struct PackPlaces {
+    Element* staged;
+    PackPlaces(Scratch& scratch, const Forward& run)
+        : staged(scratch.piece<Element>(kForwardKeys * run.layout.padded_dim)) {}
+  };
+
   // Packs kForwardKeys keys and values of one head.
-  void pack(const Task& task) {
+  void pack(const Task& task, const PackPlaces& at) const {
     const Group& group = *task.group;
     const int64_t first = task.block * kForwardKeys;
     const int64_t keys = smaller(kForwardKeys, group.length - first);
-    const int64_t stride = layout.padded_dim;  // rows are staged with room for whole tiles
-    Scratch scratch(thread_scratch(round_up(kForwardKeys * stride * sizeof(Element), 64)));
-    Element* staged = scratch.piece<Element>(kForwardKeys * stride);
+    const int64_t stride = layout.padded_dim;
     Element* head = packed_head(group, task.b, task.h);
 
     read_rows<Op>(head_rows<Storage>(group.k, task.b, task.h, first), keys,
                   round_up(keys, kColumns), p.head_dim, layout.depth * Op::kDepthStep, false,
-                  staged, stride);
+                  at.staged, stride);
     for (int64_t j = 0; j < keys; j += kColumns)
-      transpose_panel<kColumns>(staged + j * stride, stride, layout.depth,
+      transpose_panel<kColumns>(at.staged + j * stride, stride, layout.depth,
                                 head + (first + j) * layout.depth);
 
     read_rows<Op>(head_rows<Storage>(group.v, task.b, task.h, first), keys,
-                  round_up(keys, Op::kDepthStep), p.head_dim, layout.padded_dim, false, staged,
+                  round_up(keys, Op::kDepthStep), p.head_dim, layout.padded_dim, false, at.staged,
                   stride);
-    rows_to_depth<Op>(staged, stride, keys, layout.padded_dim,
-                      head + layout.key_elements(group.length) +
-                          first / Op::kDepthStep * layout.padded_dim);
+    rows_to_depth<Op>(
+        at.staged, stride, keys, layout.padded_dim,
+        head + layout.key_elements(group.length) + first / Op::kDepthStep * layout.padded_dim);
+  }
+
+  struct Places {
+    Element *q_panels, *staged;
+    Number* scores;
+    Element* probs;  // where P is not pairs, the scores in place
+    Number *sums_out, *block_max, *row_max, *row_sum, *correction;
+
+    Places(Scratch& scratch, const Forward& run) {
+      const int64_t stride = run.layout.padded_dim;
+      q_panels = scratch.piece<Element>(kForwardQueries * run.layout.depth + kN);
+      staged = scratch.piece<Element>(kForwardQueries * stride);
+      scores = scratch.piece<Number>(kForwardQueries * kScoreStride);
+      probs = kPairs ? scratch.piece<Element>(kForwardQueries * kProbStride)
+                     : reinterpret_cast<Element*>(scores);
+      sums_out = scratch.piece<Number>(kForwardQueries * stride);
+      block_max = scratch.piece<Number>(kForwardQueries * kN);
+      row_max = scratch.piece<Number>(kForwardQueries);
+      row_sum = scratch.piece<Number>(kForwardQueries);
+      correction = scratch.piece<Number>(kForwardQueries);
+    }
+  };
+
+  // The queries of a task.
+  struct Queries {
+    int64_t first, count, rows;  // rows: whole register tiles
+  };
+
+  void run(const Task& task, const Places& at) const {
+    const Group& group = *task.group;
+    const int64_t first = task.block * kForwardQueries;
+    const int64_t count = smaller(kForwardQueries, p.queries - first);
+    const Queries queries{first, count, round_up(count, kTileRows)};
+    const int64_t head = group.first_head + task.h;
+    read_queries(task.b, head, queries, at);
+    const Element* packed_keys = packed_head(group, task.b, task.h);
+    const Element* packed_values = packed_keys + layout.key_elements(group.length);
+    for (int64_t key = 0; key < group.length; key += kForwardKeys) {
+      const int64_t keys = smaller(kForwardKeys, group.length - key);
+      score(packed_keys + key * layout.depth, keys, queries.rows, at);
+      softmax(keys, queries, at);
+      add_values(key == 0, packed_values + key / Op::kDepthStep * layout.padded_dim,
+                 ceil_div(keys, Op::kDepthStep), queries.rows, at);
+    }
+    write(task.b, head, queries, at);
+  }
+
+  VSOD_INLINE void read_queries(int64_t b, int64_t head, const Queries& queries,
+                                const Places& at) const {
+    const int64_t stride = layout.padded_dim;
+    read_rows<Op>(head_rows<Storage>(p.q, b, head, queries.first), queries.count, queries.rows,
+                  p.head_dim, layout.depth * Op::kDepthStep, negate, at.staged, stride);
+    for (int64_t i = 0; i < queries.rows; i += kTileRows)
+      transpose_panel<kTileRows>(at.staged + i * stride, stride, layout.depth,
+                                 at.q_panels + i * layout.depth);
+    for (int64_t i = 0; i < queries.rows; ++i) at.row_max[i] = kLowest, at.row_sum[i] = 0;
+  }
+
+  // S [rows, keys] = q k^T, and its maximum, lane by lane.
+  VSOD_INLINE void score(const Element* packed_keys, int64_t keys, int64_t rows,
+                         const Places& at) const {
+    for (int64_t j = 0; j < keys; j += kColumns) {
+      const Element* k_panel = packed_keys + j * layout.depth;
+      const int valid = int(smaller(kColumns, keys - j));
+      for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
+        tile_product<Op, 1, kTileRows>(
+            at.q_panels + i0 * layout.depth, k_panel, kColumns, layout.depth,
+            [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
+              Number* row = at.scores + (i0 + i) * kScoreStride + j;
+              Number* max = at.block_max + (i0 + i) * kN;
+              store(row, s0);
+              store(row + kN, s1);
+              if (__builtin_expect(valid < kColumns, 0)) {
+                s0 = keep_first(s0, valid, kLowest);
+                s1 = keep_first(s1, valid - kN, kLowest);
+              }
+              const Vec<Number> best = maximum<Number>(s0, s1);
+              store(max, j == 0 ? best : maximum<Number>(best, load(max)));
+            });
+    }
+  }
+
+  // P of a block of keys, its row sums, and what the sums so far are to be multiplied by.
+  VSOD_INLINE void softmax(int64_t keys, const Queries& queries, const Places& at) const {
+    for (int64_t i = 0; i < queries.count; ++i) {
+      const Number best = horizontal_max<Number>(load(at.block_max + i * kN));
+      const Number before = at.row_max[i], max = best > before ? best : before;
+      // A row that has seen only -inf so far: 0 in its place gives P = 0, not NaN.
+      const Number finite = max == kLowest ? 0 : max;
+      at.correction[i] = before == kLowest ? 0 : before == max ? 1 : exp2((before - max) * factor);
+      at.row_max[i] = max;
+      const Number sum =
+          row_softmax(at.scores + i * kScoreStride, keys, finite, at.probs + i * kProbStride);
+      at.row_sum[i] = at.row_sum[i] * at.correction[i] + sum;
+    }
+    for (int64_t i = queries.count; i < queries.rows; ++i) at.correction[i] = 0;
   }
 
   // P = exp2(factor * (S - max)) of one row, in place, as pairs in `pairs`.  Returns its sum.
-  VSOD_INLINE Number row_softmax(Number* scores, int64_t keys, Number max, void* pairs) {
+  VSOD_INLINE Number row_softmax(Number* scores, int64_t keys, Number max, void* pairs) const {
     const Vec<Number> shift = broadcast(max * factor);
     const Vec<Number> scale = broadcast(factor);
     Vec<Number> sum = {};
@@ -364,121 +470,45 @@ struct Forward {
   }
 #endif
 
-  void run(const Task& task) {
-    const Group& group = *task.group;
-    const int64_t first = task.block * kForwardQueries;
-    const int64_t queries = smaller(kForwardQueries, p.queries - first);
-    const int64_t rows = round_up(queries, kTileRows);
-    const int64_t head = group.first_head + task.h;
+  // O [rows, head_dim] = O * correction + P v
+  VSOD_INLINE void add_values(bool first, const Element* v, int64_t depth, int64_t rows,
+                              const Places& at) const {
     const int64_t stride = layout.padded_dim;
+    if (first)
+      accumulate<Op, kProbStride, 1, true, true>(at.probs, kTileRows * kProbStride, rows, v, stride,
+                                                 stride, depth, at.sums_out, stride, at.correction);
+    else
+      accumulate<Op, kProbStride, 1, false, true>(at.probs, kTileRows * kProbStride, rows, v,
+                                                  stride, stride, depth, at.sums_out, stride,
+                                                  at.correction);
+  }
 
-    char* base = thread_scratch(
-        kForwardQueries * (layout.depth + stride) * sizeof(Element) +
-        kForwardQueries * (kScoreStride + kProbStride + stride + kN + 3) * sizeof(Number) + 4096);
-    Scratch scratch(base);
-    Element* q_panels = scratch.piece<Element>(kForwardQueries * layout.depth + kN);
-    Element* staged = scratch.piece<Element>(kForwardQueries * stride);
-    Number* scores = scratch.piece<Number>(kForwardQueries * kScoreStride);
-    Element* probs = Op::kDepthStep == 1 ? reinterpret_cast<Element*>(scores)
-                                         : scratch.piece<Element>(kForwardQueries * kProbStride);
-    constexpr int kProbRow = Op::kDepthStep == 1 ? kScoreStride : kProbStride;
-    Number* sums_out = scratch.piece<Number>(kForwardQueries * stride);
-    Number* block_max = scratch.piece<Number>(kForwardQueries * kN);
-    Number* row_max = scratch.piece<Number>(kForwardQueries);
-    Number* row_sum = scratch.piece<Number>(kForwardQueries);
-    Number* correction = scratch.piece<Number>(kForwardQueries);
-
-    read_rows<Op>(head_rows<Storage>(p.q, task.b, head, first), queries, rows, p.head_dim,
-                  layout.depth * Op::kDepthStep, negate, staged, stride);
-    for (int64_t i = 0; i < rows; i += kTileRows)
-      transpose_panel<kTileRows>(staged + i * stride, stride, layout.depth,
-                                 q_panels + i * layout.depth);
-    const Number lowest = -Number(INFINITY);
-    for (int64_t i = 0; i < rows; ++i) row_max[i] = lowest, row_sum[i] = 0;
-
-    const Element* packed_keys = packed_head(group, task.b, task.h);
-    const Element* packed_values = packed_keys + layout.key_elements(group.length);
-    for (int64_t key = 0; key < group.length; key += kForwardKeys) {
-      const int64_t keys = smaller(kForwardKeys, group.length - key);
-
-      // S [rows, keys] = q k^T, and its maximum, lane by lane.
-      for (int64_t j = 0; j < keys; j += kColumns) {
-        const Element* k_panel = packed_keys + (key + j) * layout.depth;
-        const int valid = int(smaller(kColumns, keys - j));
-        for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
-          tile_product<Op, 1, kTileRows>(
-              q_panels + i0 * layout.depth, k_panel, kColumns, layout.depth,
-              [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
-                Number* row = scores + (i0 + i) * kScoreStride + j;
-                Number* max = block_max + (i0 + i) * kN;
-                store(row, s0);
-                store(row + kN, s1);
-                if (__builtin_expect(valid < kColumns, 0)) {
-                  s0 = keep_first(s0, valid, lowest);
-                  s1 = keep_first(s1, valid - kN, lowest);
-                }
-                const Vec<Number> best = maximum<Number>(s0, s1);
-                store(max, j == 0 ? best : maximum<Number>(best, load(max)));
-              });
-      }
-
-      for (int64_t i = 0; i < queries; ++i) {
-        const Number best = horizontal_max<Number>(load(block_max + i * kN));
-        const Number max = best > row_max[i] ? best : row_max[i];
-        // A row that has seen only -inf so far: 0 in its place gives P = 0, not NaN.
-        const Number finite = max == lowest ? 0 : max;
-        correction[i] = row_max[i] == lowest ? 0
-                        : row_max[i] == max  ? 1
-                                             : exp2((row_max[i] - max) * factor);
-        row_max[i] = max;
-        const Number sum = row_softmax(scores + i * kScoreStride, keys, finite,
-                                       probs + i * kProbRow);
-        row_sum[i] = row_sum[i] * correction[i] + sum;
-      }
-      for (int64_t i = queries; i < rows; ++i) correction[i] = 0;
-
-      // O [rows, head_dim] = O * correction + P v
-      const Element* v = packed_values + key / Op::kDepthStep * stride;
-      const int64_t depth = ceil_div(keys, Op::kDepthStep);
-      if (key == 0)
-        accumulate<Op, kProbRow, 1, true, true>(probs, kTileRows * kProbRow, rows, v, stride,
-                                                stride, depth, sums_out, stride, correction);
-      else
-        accumulate<Op, kProbRow, 1, false, true>(probs, kTileRows * kProbRow, rows, v, stride,
-                                                 stride, depth, sums_out, stride, correction);
-    }
-
-    Storage* out = head_data<Storage>(p.out, task.b, head) + first * p.out.strides.n;
-    Number* lse = static_cast<Number*>(p.lse) + (task.b * p.heads + head) * p.queries + first;
-    for (int64_t i = 0; i < queries; ++i) {
-      write_row<Storage, Number>(sums_out + i * stride, 1 / row_sum[i], p.head_dim,
+  VSOD_INLINE void write(int64_t b, int64_t head, const Queries& queries, const Places& at) const {
+    Storage* out = head_data<Storage>(p.out, b, head) + queries.first * p.out.strides.n;
+    Number* lse = static_cast<Number*>(p.lse) + (b * p.heads + head) * p.queries + queries.first;
+    for (int64_t i = 0; i < queries.count; ++i) {
+      write_row<Storage, Number>(at.sums_out + i * layout.padded_dim, 1 / at.row_sum[i], p.head_dim,
                                  out + i * p.out.strides.n, p.out.strides.d);
-      const Number log2_sum = row_max[i] == Number(INFINITY) ? 0 : log2(row_sum[i]);
-      lse[i] = (row_max[i] * factor + log2_sum) * Number(kLn2);
+      const Number log2_sum = at.row_max[i] == Number(INFINITY) ? 0 : log2(at.row_sum[i]);
+      lse[i] = (at.row_max[i] * factor + log2_sum) * Number(kLn2);
     }
   }
 };
 
 template <class Op, class Storage>
-void forward(const Problem& p, Parallel parallel) {
+int64_t forward(const Problem& p, Parallel parallel) {
   using Run = Forward<Op, Storage>;
-  Run state(p);
-  parallel(
-      [](void* context) {
-        Run& run = *static_cast<Run*>(context);
-        Task task;
-        while (find_task(run.p, run.pack_tasks.take(), Run::key_blocks, &task)) run.pack(task);
-      },
-      &state);
-  parallel(
-      [](void* context) {
-        Run& run = *static_cast<Run*>(context);
-        const int64_t blocks = ceil_div(run.p.queries, kForwardQueries);
-        Task task;
-        while (find_task(run.p, run.tasks.take(), [&](const Group&) { return blocks; }, &task))
-          run.run(task);
-      },
-      &state);
+  using PackPlaces = typename Run::PackPlaces;
+  using Places = typename Run::Places;
+  const Run run(p);
+  const int64_t missing = each_task<PackPlaces>(
+      parallel, count_tasks(p, Run::key_blocks), run,
+      [&](int64_t i, const PackPlaces& at) { run.pack(find_task(p, i, Run::key_blocks), at); });
+  if (missing) return missing;
+  const auto blocks = [&](const Group&) { return ceil_div(p.queries, kForwardQueries); };
+  return each_task<Places>(parallel, count_tasks(p, blocks), run, [&](int64_t i, const Places& at) {
+    run.run(find_task(p, i, blocks), at);
+  });
 }
 
 // ------------------------------------------------------------------ backward
@@ -494,16 +524,16 @@ struct Backward {
   using Element = typename Op::Element;
   static constexpr int kN = kLanes<Number>;
   static constexpr int kColumns = kTileColumns<Op>;
+  static constexpr bool kPairs = Op::kDepthStep == 2;
   static constexpr int kKeys = kBlockKeys<Op>;
   static constexpr int kQueries = kBackwardQueries;
   static constexpr int kStride = kKeys + kPad;  // of score tiles, in numbers or q pairs
-  static constexpr int kPairStride = kKeys / Op::kDepthStep + kPad;  // of key pairs
+  static constexpr int kKeyStride = kKeys / Op::kDepthStep + kPad;  // of dS for dQ
   static_assert(kKeys % kTileRows == 0 && kKeys % kColumns == 0 && kKeys > 0);
 
   const Problem& p;
   int64_t depth, padded_dim, query_blocks;
   Number factor;  // scale in base 2
-  Counter term_tasks, tasks;
 
   explicit Backward(const Problem& problem)
       : p(problem), depth(ceil_div(problem.head_dim, Op::kDepthStep)),
@@ -517,7 +547,7 @@ struct Backward {
   }
 
   // lse in base 2, and delta = sum(dO * out), of one block of rows.
-  void terms(int64_t b, int64_t head, int64_t block) {
+  void terms(int64_t b, int64_t head, int64_t block) const {
     const int64_t first = block * kQueries, end = smaller(first + kQueries, p.queries);
     const Number* lse = static_cast<const Number*>(p.lse) + (b * p.heads + head) * p.queries;
     const Rows<Storage> grad = head_rows<Storage>(p.grad_out, b, head, 0);
@@ -537,8 +567,40 @@ struct Backward {
     }
   }
 
-  // P and dS as the operands of the last three products.  Plain numbers are used as they are;
-  // pairs are joined along the queries (for dV and dK) and along the keys (for dQ).
+  struct Places {
+    Element *staged, *k_panels, *v_panels, *k_rows, *q_panels, *do_panels, *q_rows, *do_rows;
+    Number *dk_sum, *dv_sum, *probs, *dscores, *lse2, *delta;
+    // P and dS as the operands of the last three products.  Plain numbers are used as they are;
+    // pairs are joined along the queries (for dV and dK) and along the keys (for dQ).
+    Element *probs_by_query, *ds_by_query, *ds_by_key;
+
+    Places(Scratch& scratch, const Backward& run) {
+      const int64_t stride = run.padded_dim, depth = run.depth;
+      staged = scratch.piece<Element>((kKeys > kQueries ? kKeys : kQueries) * stride);
+      k_panels = scratch.piece<Element>(kKeys * depth);
+      v_panels = scratch.piece<Element>(kKeys * depth);
+      k_rows = scratch.piece<Element>(kKeys / Op::kDepthStep * stride);
+      q_panels = scratch.piece<Element>(kQueries * depth + kN);
+      do_panels = scratch.piece<Element>(kQueries * depth + kN);
+      q_rows = scratch.piece<Element>(kQueries / Op::kDepthStep * stride);
+      do_rows = scratch.piece<Element>(kQueries / Op::kDepthStep * stride);
+      dk_sum = scratch.piece<Number>(kKeys * stride);
+      dv_sum = scratch.piece<Number>(kKeys * stride);
+      probs = scratch.piece<Number>(kQueries * kStride);
+      dscores = scratch.piece<Number>(kQueries * kStride);
+      lse2 = scratch.piece<Number>(kQueries);
+      delta = scratch.piece<Number>(kQueries);
+      if constexpr (kPairs) {
+        probs_by_query = scratch.piece<Element>(kQueries / 2 * kStride);
+        ds_by_query = scratch.piece<Element>(kQueries / 2 * kStride);
+        ds_by_key = scratch.piece<Element>(kQueries * kKeyStride);
+      } else {
+        probs_by_query = probs;
+        ds_by_query = ds_by_key = dscores;
+      }
+    }
+  };
+
 #if defined(__AVX512BF16__)
   static void pair_up(const Number* scores, int64_t queries, int64_t keys, uint32_t* along_queries,
                       uint32_t* along_keys) {
@@ -559,156 +621,157 @@ struct Backward {
       if (!along_keys) continue;
       for (int64_t r = i; r < smaller(i + 2, queries); ++r)
         for (int64_t j = 0; j < keys; j += 2 * kN)
-          store(along_keys + r * kPairStride + j / 2,
+          store(along_keys + r * kKeyStride + j / 2,
                 Vec<uint32_t>(_mm512_cvtne2ps_pbh(__m512(load(scores + r * kStride + j + kN)),
                                                   __m512(load(scores + r * kStride + j)))));
     }
   }
 #endif
 
-  void run(const Task& task) {
-    const Group& group = *task.group;
-    const bool need_dv = group.dv.data, need_dk = group.dk.data, need_dq = p.dq.data;
-    if (!need_dv && !need_dk && !need_dq) return;
-    const bool need_ds = need_dk || need_dq;
-    const int64_t first_key = task.block * kKeys;
-    const int64_t keys = smaller(kKeys, group.length - first_key);
-    const int64_t key_columns = round_up(keys, kColumns), key_rows = round_up(keys, kTileRows);
-    const int64_t key_depth = ceil_div(keys, Op::kDepthStep);
-    const int64_t head = group.first_head + task.h, stride = padded_dim;
+  // A task: the keys of a block, and which gradients come from them.
+  struct Keys {
+    const Task& task;
+    const Group& group;
+    int64_t head, first, count;  // head: of q
+    bool need_dq, need_dk, need_dv;
+
+    Keys(const Problem& p, const Task& of)
+        : task(of), group(*of.group), head(of.group->first_head + of.h), first(of.block * kKeys),
+          count(smaller(kKeys, of.group->length - of.block * kKeys)), need_dq(p.dq.data),
+          need_dk(of.group->dk.data), need_dv(of.group->dv.data) {}
+    bool need_ds() const { return need_dq || need_dk; }
+  };
+  // The queries of one block of a task's walk.
+  struct Queries {
+    int64_t block, first, count, rows;  // rows: whole register tiles
+  };
+
+  void run(const Task& task, const Places& at) const {
+    const Keys keys(p, task);
+    if (!keys.need_ds() && !keys.need_dv) return;
     // The softmax of a single key is constant: dQ and dK are zero, not the noise of dP - delta.
-    const Number scale = group.length == 1 ? 0 : Number(p.scale);
-    constexpr bool kPairs = Op::kDepthStep == 2;
-
-    const int64_t staged_rows = kKeys > kQueries ? kKeys : kQueries;
-    char* base = thread_scratch(
-        (staged_rows * stride + 2 * kKeys * depth + kKeys * stride + 2 * kQueries * depth +
-         2 * kQueries * stride + (kPairs ? 2 * kQueries * kStride : 0)) *
-            sizeof(Element) +
-        (2 * kKeys * stride + 2 * kQueries * kStride + 2 * kQueries) * sizeof(Number) + 4096);
-    Scratch scratch(base);
-    Element* staged = scratch.piece<Element>(staged_rows * stride);
-    Element* k_panels = scratch.piece<Element>(kKeys * depth);
-    Element* v_panels = scratch.piece<Element>(kKeys * depth);
-    Element* k_rows = scratch.piece<Element>(kKeys / Op::kDepthStep * stride);
-    Element* q_panels = scratch.piece<Element>(kQueries * depth + kN);
-    Element* do_panels = scratch.piece<Element>(kQueries * depth + kN);
-    Element* q_rows = scratch.piece<Element>(kQueries / Op::kDepthStep * stride);
-    Element* do_rows = scratch.piece<Element>(kQueries / Op::kDepthStep * stride);
-    Number* dk_sum = scratch.piece<Number>(kKeys * stride);
-    Number* dv_sum = scratch.piece<Number>(kKeys * stride);
-    Number* probs = scratch.piece<Number>(kQueries * kStride);
-    Number* dscores = scratch.piece<Number>(kQueries * kStride);
-    Number* lse2 = scratch.piece<Number>(kQueries);
-    Number* delta = scratch.piece<Number>(kQueries);
-    Element *probs_by_query, *ds_by_query, *ds_by_key;
-    if constexpr (kPairs) {
-      probs_by_query = scratch.piece<Element>(kQueries / 2 * kStride);
-      ds_by_query = scratch.piece<Element>(kQueries / 2 * kStride);
-      ds_by_key = scratch.piece<Element>(kQueries * kPairStride);
-    } else {
-      probs_by_query = probs;
-      ds_by_query = ds_by_key = dscores;
-    }
-    constexpr int kKeyRow = kPairs ? kPairStride : kStride;
-
-    read_rows<Op>(head_rows<Storage>(group.k, task.b, task.h, first_key), keys, key_columns,
-                  p.head_dim, stride, false, staged, stride);
-    for (int64_t j = 0; j < keys; j += kColumns)
-      transpose_panel<kColumns>(staged + j * stride, stride, depth, k_panels + j * depth);
-    if (need_dq) rows_to_depth<Op>(staged, stride, keys, stride, k_rows);
-    if (need_ds) {
-      read_rows<Op>(head_rows<Storage>(group.v, task.b, task.h, first_key), keys, key_columns,
-                    p.head_dim, stride, false, staged, stride);
-      for (int64_t j = 0; j < keys; j += kColumns)
-        transpose_panel<kColumns>(staged + j * stride, stride, depth, v_panels + j * depth);
-    }
-
+    const Number scale = keys.group.length == 1 ? 0 : Number(p.scale);
+    read_keys(keys, at);
     for (int64_t block = 0; block < query_blocks; ++block) {
-      const int64_t first = block * kQueries;
-      const int64_t queries = smaller(kQueries, p.queries - first);
-      const int64_t rows = round_up(queries, kTileRows);
-      const int64_t query_depth = ceil_div(queries, Op::kDepthStep);
-      const int64_t padded_rows = round_up(rows, 2);
-      for (int64_t i = 0; i < rows; ++i) {
-        lse2[i] = i < queries ? row_term(0, task.b, head)[first + i] : Number(INFINITY);
-        delta[i] = i < queries ? row_term(1, task.b, head)[first + i] : Number(0);
-      }
-      read_rows<Op>(head_rows<Storage>(p.q, task.b, head, first), queries, padded_rows, p.head_dim,
-                    stride, false, staged, stride);
-      for (int64_t i = 0; i < rows; i += kTileRows)
-        transpose_panel<kTileRows>(staged + i * stride, stride, depth, q_panels + i * depth);
-      if (need_dk) rows_to_depth<Op>(staged, stride, queries, stride, q_rows);
-      read_rows<Op>(head_rows<Storage>(p.grad_out, task.b, head, first), queries, padded_rows,
-                    p.head_dim, stride, false, staged, stride);
-      if (need_ds)
-        for (int64_t i = 0; i < rows; i += kTileRows)
-          transpose_panel<kTileRows>(staged + i * stride, stride, depth, do_panels + i * depth);
-      if (need_dv) rows_to_depth<Op>(staged, stride, queries, stride, do_rows);
-
-      // P [rows, keys] = exp2(factor * q k^T - lse),  dS [rows, keys] = P * (dO v^T - delta)
-      for (int64_t j = 0; j < keys; j += kColumns)
-        for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
-          tile_product<Op, 1, kTileRows>(
-              q_panels + i0 * depth, k_panels + j * depth, kColumns, depth,
-              [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
-                Number* row = probs + (i0 + i) * kStride + j;
-                const Vec<Number> shift = broadcast(lse2[i0 + i]);
-                store(row, exp2_nonpositive<Op::kExpDegree>(s0 * factor - shift));
-                store(row + kN, exp2_nonpositive<Op::kExpDegree>(s1 * factor - shift));
-              });
-      if (need_ds)
-        for (int64_t j = 0; j < keys; j += kColumns) {
-          const int valid = int(smaller(kColumns, keys - j));
-          for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
-            tile_product<Op, 1, kTileRows>(
-                do_panels + i0 * depth, v_panels + j * depth, kColumns, depth,
-                [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
-                  const int64_t at = (i0 + i) * kStride + j;
-                  const Vec<Number> shift = broadcast(delta[i0 + i]);
-                  s0 = load(probs + at) * (s0 - shift);
-                  s1 = load(probs + at + kN) * (s1 - shift);
-                  if (__builtin_expect(valid < kColumns, 0)) {
-                    s0 = keep_first(s0, valid, Number(0));
-                    s1 = keep_first(s1, valid - kN, Number(0));
-                  }
-                  store(dscores + at, s0);
-                  store(dscores + at + kN, s1);
-                });
-        }
-#if defined(__AVX512BF16__)
-      if constexpr (kPairs) {
-        if (need_dv) pair_up(probs, queries, key_columns, probs_by_query, nullptr);
-        if (need_ds) pair_up(dscores, queries, key_columns, ds_by_query, ds_by_key);
-      }
-#endif
-
-      // dV [keys, head_dim] += P^T dO,  dK [keys, head_dim] += dS^T q
-      if (need_dv) add_product<1, kStride>(block == 0, probs_by_query, kTileRows, key_rows, do_rows,
-                                           query_depth, dv_sum);
-      if (need_dk) add_product<1, kStride>(block == 0, ds_by_query, kTileRows, key_rows, q_rows,
-                                           query_depth, dk_sum);
-      // dQ [rows, head_dim] += dS k, when the key blocks before this one have been added
-      if (need_dq) {
-        Number* dq_sum = static_cast<Number*>(p.dq_sum) +
-                         (task.b * p.heads + head) * dq_sum_elements<Op>(p.queries, p.head_dim) +
-                         first * stride;
-        int32_t* turn = p.turns + (task.b * p.heads + head) * query_blocks + block;
-        wait_for(turn, int32_t(task.block));
-        add_product<kKeyRow, 1>(task.block == 0, ds_by_key, kTileRows * kKeyRow, rows, k_rows,
-                                key_depth, dq_sum);
-        __atomic_store_n(turn, int32_t(task.block) + 1, __ATOMIC_RELEASE);
-        if (task.block + 1 == key_blocks(group)) {
-          Storage* dq = head_data<Storage>(p.dq, task.b, head) + first * p.dq.strides.n;
-          for (int64_t i = 0; i < queries; ++i)
-            write_row<Storage, Number>(dq_sum + i * stride, scale, p.head_dim,
-                                       dq + i * p.dq.strides.n, p.dq.strides.d);
-        }
-      }
+      const int64_t first = block * kQueries, count = smaller(kQueries, p.queries - first);
+      const Queries queries{block, first, count, round_up(count, kTileRows)};
+      read_queries(keys, queries, at);
+      score(keys, queries, at);
+      add_key_gradients(keys, queries, at);
+      if (keys.need_dq) add_query_gradients(keys, queries, scale, at);
     }
+    write_head_rows(keys.need_dk, keys.group.dk, keys, at.dk_sum, scale);
+    write_head_rows(keys.need_dv, keys.group.dv, keys, at.dv_sum, Number(1));
+  }
 
-    write_head_rows(need_dk, group.dk, task, first_key, keys, dk_sum, scale);
-    write_head_rows(need_dv, group.dv, task, first_key, keys, dv_sum, Number(1));
+  VSOD_INLINE void read_keys(const Keys& keys, const Places& at) const {
+    const int64_t stride = padded_dim, columns = round_up(keys.count, kColumns);
+    const auto panels = [&](const Operand& from, Element* to) {
+      read_rows<Op>(head_rows<Storage>(from, keys.task.b, keys.task.h, keys.first), keys.count,
+                    columns, p.head_dim, stride, false, at.staged, stride);
+      for (int64_t j = 0; j < keys.count; j += kColumns)
+        transpose_panel<kColumns>(at.staged + j * stride, stride, depth, to + j * depth);
+    };
+    panels(keys.group.k, at.k_panels);
+    if (keys.need_dq) rows_to_depth<Op>(at.staged, stride, keys.count, stride, at.k_rows);
+    if (keys.need_ds()) panels(keys.group.v, at.v_panels);
+  }
+
+  VSOD_INLINE void read_queries(const Keys& keys, const Queries& queries, const Places& at) const {
+    const int64_t stride = padded_dim, b = keys.task.b;
+    for (int64_t i = 0; i < queries.rows; ++i) {
+      const bool there = i < queries.count;
+      at.lse2[i] = there ? row_term(0, b, keys.head)[queries.first + i] : Number(INFINITY);
+      at.delta[i] = there ? row_term(1, b, keys.head)[queries.first + i] : Number(0);
+    }
+    const auto stage = [&](const Operand& from) {
+      read_rows<Op>(head_rows<Storage>(from, b, keys.head, queries.first), queries.count,
+                    round_up(queries.rows, 2), p.head_dim, stride, false, at.staged, stride);
+    };
+    const auto panels = [&](Element* to) {
+      for (int64_t i = 0; i < queries.rows; i += kTileRows)
+        transpose_panel<kTileRows>(at.staged + i * stride, stride, depth, to + i * depth);
+    };
+    stage(p.q);
+    panels(at.q_panels);
+    if (keys.need_dk) rows_to_depth<Op>(at.staged, stride, queries.count, stride, at.q_rows);
+    stage(p.grad_out);
+    if (keys.need_ds()) panels(at.do_panels);
+    if (keys.need_dv) rows_to_depth<Op>(at.staged, stride, queries.count, stride, at.do_rows);
+  }
+
+  // P [rows, keys] = exp2(factor * q k^T - lse),  dS [rows, keys] = P * (dO v^T - delta)
+  VSOD_INLINE void score(const Keys& keys, const Queries& queries, const Places& at) const {
+    for (int64_t j = 0; j < keys.count; j += kColumns)
+      for (int64_t i0 = 0; i0 < queries.rows; i0 += kTileRows)
+        tile_product<Op, 1, kTileRows>(
+            at.q_panels + i0 * depth, at.k_panels + j * depth, kColumns, depth,
+            [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
+              Number* row = at.probs + (i0 + i) * kStride + j;
+              const Vec<Number> shift = broadcast(at.lse2[i0 + i]);
+              store(row, exp2_nonpositive<Op::kExpDegree>(s0 * factor - shift));
+              store(row + kN, exp2_nonpositive<Op::kExpDegree>(s1 * factor - shift));
+            });
+    if (!keys.need_ds()) return;
+    for (int64_t j = 0; j < keys.count; j += kColumns) {
+      const int valid = int(smaller(kColumns, keys.count - j));
+      for (int64_t i0 = 0; i0 < queries.rows; i0 += kTileRows)
+        tile_product<Op, 1, kTileRows>(
+            at.do_panels + i0 * depth, at.v_panels + j * depth, kColumns, depth,
+            [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
+              const int64_t place = (i0 + i) * kStride + j;
+              const Vec<Number> shift = broadcast(at.delta[i0 + i]);
+              s0 = load(at.probs + place) * (s0 - shift);
+              s1 = load(at.probs + place + kN) * (s1 - shift);
+              if (__builtin_expect(valid < kColumns, 0)) {
+                s0 = keep_first(s0, valid, Number(0));
+                s1 = keep_first(s1, valid - kN, Number(0));
+              }
+              store(at.dscores + place, s0);
+              store(at.dscores + place + kN, s1);
+            });
+    }
+  }
+
+  // dV [keys, head_dim] += P^T dO,  dK [keys, head_dim] += dS^T q
+  VSOD_INLINE void add_key_gradients(const Keys& keys, const Queries& queries,
+                                     const Places& at) const {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) {
+      const int64_t columns = round_up(keys.count, kColumns);
+      if (keys.need_dv) pair_up(at.probs, queries.count, columns, at.probs_by_query, nullptr);
+      if (keys.need_ds()) pair_up(at.dscores, queries.count, columns, at.ds_by_query, at.ds_by_key);
+    }
+#endif
+    const int64_t rows = round_up(keys.count, kTileRows);
+    const int64_t query_depth = ceil_div(queries.count, Op::kDepthStep);
+    const bool first = queries.block == 0;
+    if (keys.need_dv)
+      add_product<1, kStride>(first, at.probs_by_query, kTileRows, rows, at.do_rows, query_depth,
+                              at.dv_sum);
+    if (keys.need_dk)
+      add_product<1, kStride>(first, at.ds_by_query, kTileRows, rows, at.q_rows, query_depth,
+                              at.dk_sum);
+  }
+
+  // dQ [rows, head_dim] += dS k, when the key blocks before this one have been added; the last one
+  // writes the sum out.
+  VSOD_INLINE void add_query_gradients(const Keys& keys, const Queries& queries, Number scale,
+                                       const Places& at) const {
+    const int64_t b = keys.task.b, key_block = keys.task.block;
+    Number* dq_sum = static_cast<Number*>(p.dq_sum) +
+                     (b * p.heads + keys.head) * dq_sum_elements<Op>(p.queries, p.head_dim) +
+                     queries.first * padded_dim;
+    int32_t* turn = p.turns + (b * p.heads + keys.head) * query_blocks + queries.block;
+    wait_for(turn, int32_t(key_block));
+    add_product<kKeyStride, 1>(key_block == 0, at.ds_by_key, kTileRows * kKeyStride, queries.rows,
+                               at.k_rows, ceil_div(keys.count, Op::kDepthStep), dq_sum);
+    __atomic_store_n(turn, int32_t(key_block) + 1, __ATOMIC_RELEASE);
+    if (key_block + 1 < key_blocks(keys.group)) return;
+    Storage* dq = head_data<Storage>(p.dq, b, keys.head) + queries.first * p.dq.strides.n;
+    for (int64_t i = 0; i < queries.count; ++i)
+      write_row<Storage, Number>(dq_sum + i * padded_dim, scale, p.head_dim,
+                                 dq + i * p.dq.strides.n, p.dq.strides.d);
   }
 
   template <int kRowStep, int kStep>
@@ -729,55 +792,44 @@ struct Backward {
       if (spins > 1000) sched_yield();
   }
 
-  void write_head_rows(bool needed, const Operand& x, const Task& task, int64_t first_row,
-                       int64_t rows, const Number* src, Number scale) const {
+  void write_head_rows(bool needed, const Operand& x, const Keys& keys, const Number* src,
+                       Number scale) const {
     if (!needed) return;
-    Storage* dst = head_data<Storage>(x, task.b, task.h) + first_row * x.strides.n;
-    for (int64_t i = 0; i < rows; ++i)
+    Storage* dst = head_data<Storage>(x, keys.task.b, keys.task.h) + keys.first * x.strides.n;
+    for (int64_t i = 0; i < keys.count; ++i)
       write_row<Storage, Number>(src + i * padded_dim, scale, p.head_dim, dst + i * x.strides.n,
                                  x.strides.d);
   }
 };
 
 template <class Op, class Storage>
-void backward(const Problem& p, Parallel parallel) {
+int64_t backward(const Problem& p, Parallel parallel) {
   using Run = Backward<Op, Storage>;
-  Run state(p);
-  parallel(
-      [](void* context) {
-        Run& run = *static_cast<Run*>(context);
-        const int64_t heads = run.p.heads, per_batch = heads * run.query_blocks;
-        for (int64_t i; (i = run.term_tasks.take()) < run.p.batch * per_batch;)
-          run.terms(i / per_batch, i / run.query_blocks % heads, i % run.query_blocks);
-      },
-      &state);
-  parallel(
-      [](void* context) {
-        Run& run = *static_cast<Run*>(context);
-        Task task;
-        while (find_task(run.p, run.tasks.take(), Run::key_blocks, &task)) run.run(task);
-      },
-      &state);
+  using Places = typename Run::Places;
+  const Run run(p);
+  const int64_t per_batch = p.heads * run.query_blocks;
+  each_task(parallel, p.batch * per_batch, [&](int64_t i) {
+    run.terms(i / per_batch, i / run.query_blocks % p.heads, i % run.query_blocks);
+  });
+  return each_task<Places>(
+      parallel, count_tasks(p, Run::key_blocks), run,
+      [&](int64_t i, const Places& at) { run.run(find_task(p, i, Run::key_blocks), at); });
 }
 
 template <class Op, class Storage>
-constexpr Kernel kernel() {
-  return {packed_elements<Op>, dq_sum_elements<Op>, forward<Op, Storage>, backward<Op, Storage>};
-}
+constexpr Kernel kKernel = {packed_elements<Op>, dq_sum_elements<Op>, forward<Op, Storage>,
+                            backward<Op, Storage>};
 
 }  // namespace
 
+extern const Kernel* const shunted_attention_kernels[];
 #if defined(__AVX512BF16__)
-extern const Kernel bfloat16_kernel;
-constexpr Kernel bfloat16_kernel = kernel<PairOp, BFloat16>();
+const Kernel* const shunted_attention_kernels[] = {nullptr, nullptr, nullptr,
+                                                   &kKernel<PairOp, BFloat16>};
 #else
-extern const Kernel kernels[kDtypeCount];
-constexpr Kernel kernels[kDtypeCount] = {
-    kernel<PlainOp<float>, float>(),
-    kernel<PlainOp<double>, double>(),
-    kernel<PlainOp<float>, Float16>(),
-    kernel<PlainOp<float>, BFloat16>(),
-};
+const Kernel* const shunted_attention_kernels[] = {
+    &kKernel<PlainOp<float>, float>, &kKernel<PlainOp<double>, double>,
+    &kKernel<PlainOp<float>, Float16>, &kKernel<PlainOp<float>, BFloat16>};
 #endif
 
 }  // namespace VSOD_LEVEL

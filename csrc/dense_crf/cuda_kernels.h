@@ -20,15 +20,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "../common/host_device.h"
 #include "geometry.h"
-
-#if defined(__CUDACC__)
-#define VSOD_BOTH __host__ __device__ __forceinline__
-#define VSOD_UNROLL _Pragma("unroll")
-#else
-#define VSOD_BOTH inline
-#define VSOD_UNROLL
-#endif
 
 namespace vsod {
 namespace dense_crf_cuda {
@@ -76,7 +69,8 @@ VSOD_BOTH float sigmoid(float x) {
   const float e = expf(-fabsf(x)), y = 1.0f / (1.0f + e);
   return x < 0.0f ? e * y : y;
 }
-VSOD_BOTH float tanh_of_half(float x) {  // sigmoid(x) - sigmoid(-x)
+// Q_1 - Q_0 = sigmoid(x) - sigmoid(-x) = tanh(x / 2) of the logit x.
+VSOD_BOTH float marginal_difference(float x) {
   const float e = expf(-fabsf(x)), y = (1.0f - e) / (1.0f + e);
   return x < 0.0f ? -y : y;
 }
@@ -343,9 +337,7 @@ struct SplatKernel {
 struct GatherKernel {
   Filter filter;
 
-  VSOD_BOTH int64_t size(const Lattice& l) const {
-    return l.copies * l.vertices * filter.channels;
-  }
+  VSOD_BOTH int64_t size(const Lattice& l) const { return l.copies * l.vertices * filter.channels; }
   int64_t count() const { return size(filter.gaussian) + size(filter.bilateral); }
 
   VSOD_BOTH void operator()(int64_t i) const {
@@ -357,9 +349,9 @@ struct GatherKernel {
   VSOD_BOTH void gather(const Lattice& lattice, const Values& values, int64_t i) const {
     const int64_t row = i / filter.channels, channel = i - row * filter.channels;
     const int64_t copy = row / lattice.vertices, v = row - copy * lattice.vertices;
-    const float* partial =
-        values.partial +
-        (copy * lattice.segments + lattice.first_segment(v)) * filter.channels + channel;
+    const float* partial = values.partial +
+                           (copy * lattice.segments + lattice.first_segment(v)) * filter.channels +
+                           channel;
     const uint32_t length = lattice.rows[v + 1] - lattice.rows[v];
     const uint32_t segments = (length + kSegment - 1) / kSegment;
     float sum = partial[0];
@@ -467,7 +459,7 @@ struct StartKernel {
     if (classes == 0) {
       const float p = prob[n];
       logits[n] = log_clipped(p) - log_clipped(1.0f - p);
-      q[n] = tanh_of_half(logits[n]);
+      q[n] = marginal_difference(logits[n]);
       return;
     }
     const int64_t index = n / pixels, pixel = n - index * pixels;
@@ -508,7 +500,7 @@ struct UpdateKernel {
     if (classes == 0) {
       const float x = logit(0);
       if (out) out[n] = sigmoid(x);
-      else q[n] = tanh_of_half(x);
+      else q[n] = marginal_difference(x);
       return;
     }
     float* mine = q + n * channels;
