@@ -2,12 +2,14 @@
 // The ops themselves register with torch (STABLE_TORCH_LIBRARY_IMPL in each op's cpu.cpp).
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "../dense_crf/fits.h"
 #include "kernel.h"
 #include "levels.h"
 #include "parallel.h"
@@ -109,6 +111,7 @@ PYBIND11_MODULE(_cpu, m) {
   }
   m.doc() = "CPU kernels of vsod_ops";
   m.def("build_info", &vsod::build_info, "Compiler, torch, revision and SIMD levels of this build");
+  m.def("dense_crf_fits", &vsod::dense_crf_fits, VSOD_DENSE_CRF_FITS);
   m.def("peak_flops", &vsod::peak_flops, pybind11::arg("dtype"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "FLOP/s that a loop of multiply-adds in registers reaches on torch's threads;\n"

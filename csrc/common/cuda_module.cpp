@@ -2,9 +2,11 @@
 // The ops themselves register with torch (STABLE_TORCH_LIBRARY_IMPL in each op's cuda.cu).
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 
+#include "../dense_crf/fits.h"
 #include "probe.h"
 
 namespace {
@@ -23,6 +25,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of vsod_ops";
   m.def("build_info", &build_info, "Compiler, torch, revision and GPU architectures of this build");
+  m.def("dense_crf_fits", &vsod::dense_crf_fits, VSOD_DENSE_CRF_FITS);
   m.def(
       "probe", [](int device) { return std::string(vsod::cuda_probe(device)); },
       pybind11::arg("device"),

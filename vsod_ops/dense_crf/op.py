@@ -62,11 +62,32 @@ def _forward(prob: Tensor, image: Tensor, iterations: int, *arguments) -> Tensor
         if chosen == "cuda":
             return torch.ops.vsod_ops.dense_crf_cuda(prob, image, iterations, *numbers)
         return torch.ops.vsod_ops.dense_crf_cpu(prob, image, iterations, *numbers, 0)
-    except RuntimeError as error:
-        # Vertices of the lattice are 64-bit keys: widths far below a pixel need more.
-        if "too small for an image" in str(error):
-            raise ValueError(str(error).splitlines()[0]) from None
+    except RuntimeError:
+        module = backends.compiled_module(f"_{chosen}")
+        if reason := _too_fine(module, image.shape[-2], image.shape[-1], *numbers):
+            raise ValueError(
+                f"dense_crf: {reason} is too small for an image of this size"
+            ) from None
         raise
+
+
+def _too_fine(
+    module,
+    height,
+    width,
+    gaussian_sxy,
+    gaussian_weight,
+    bilateral_sxy,
+    bilateral_srgb,
+    bilateral_weight,
+):
+    """Vertices of the lattice are 64-bit keys: widths far below a pixel need more."""
+    if gaussian_weight > 0 and not module.dense_crf_fits(height, width, gaussian_sxy, None):
+        return f"gaussian_sxy = {gaussian_sxy:g}"
+    fits = module.dense_crf_fits(height, width, bilateral_sxy, bilateral_srgb)
+    if bilateral_weight > 0 and not fits:
+        return f"bilateral_sxy = {bilateral_sxy:g} with bilateral_srgb = {bilateral_srgb:g}"
+    return None
 
 
 def _check_values(prob: Tensor, image: Tensor) -> None:
