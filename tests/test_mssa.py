@@ -1,5 +1,6 @@
 """MSSA: the network, its backbones, its losses, and models on disk."""
 
+import copy
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from vsod_models.errors import InputError
 from vsod_models.networks.backbones import Backbone, find_maps
 from vsod_models.networks.losses import mssa_loss, soft_iou, weighted_bce
 from vsod_models.networks.mssa import MSSA
+from vsod_models.prediction import VideoPredictor
 from vsod_models.zoo import load_model
 
 SMALL = dict(
@@ -250,6 +252,18 @@ def test_saved_and_loaded(tmp_path):
     frames = torch.rand(1, 2, 3, 32, 32)
     for loaded in (load_model(tmp_path / "model"), MSSA.from_pretrained(tmp_path / "model")):
         assert torch.equal(loaded.eval()(frames), model(frames))
+
+
+def test_terms_and_half_precision_are_saved(tmp_path):
+    model = small().eval()
+    model.terms = "birdwatching"
+    copy.deepcopy(model).half().save_pretrained(tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert again.terms == "birdwatching" and again.mask.weight.dtype == torch.float32
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-6)
+    assert "birdwatching" in VideoPredictor(again, "cpu").describe()
+    assert "weights for" not in VideoPredictor(small(), "cpu").describe()
+
 
 
 def test_models_that_cannot_be_loaded(tmp_path):

@@ -168,7 +168,9 @@ class VideoPredictor:
             chosen["dense_crf"] = {
                 backends.choose("dense_crf", None, self.device.type, torch.float32)
             }
-        lines = [f"device {device}", f"model {self.name}", str(self.dtype).removeprefix("torch.")]
+        terms = getattr(self.model, "terms", "")
+        model = f"model {self.name}" + (f" (weights for {terms})" if terms else "")
+        lines = [f"device {device}", model, str(self.dtype).removeprefix("torch.")]
         for op, names in chosen.items():
             lines.append(f"{op} on backend {' and '.join(sorted(names))}")
         return ", ".join(lines)

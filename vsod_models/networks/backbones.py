@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         if missing:
             raise InputError(f"backbone {name} has maps at strides {sorted(maps)}, not {missing}")
         self.name, self.strides = name, tuple(strides)
-        # Depth-wise convolutions are twice as fast in this layout.
+        # Depth-wise convolutions are twice as fast in this layout, and so is their training.
         self.channels_last = name.startswith("mobilenet")
         self.channels = [maps[stride][1] for stride in strides]
         self.body = create_feature_extractor(network, {maps[s][0]: str(s) for s in strides})

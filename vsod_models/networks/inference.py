@@ -11,6 +11,8 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .backbones import Backbone
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -31,6 +33,8 @@ def for_inference(model: Model, dtype: torch.dtype = torch.float32) -> Model:
             before.module = fuse_conv_bn_eval(convolution, norm)
             after.module = nn.Identity()
     for module in made.modules():
+        if isinstance(module, Backbone):
+            module.channels_last = True
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
         if dtype != torch.float32 and isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):

@@ -25,13 +25,18 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
 ):
     """`save_pretrained(folder)` and `from_pretrained(folder or Hub name)`, in safetensors.
 
-    The class is written into config.json beside its arguments, so that `load_model` finds it.
+    The class is written into config.json beside its arguments, so that `load_model` finds it, and
+    the terms of the weights where there are any.
     """
+
+    terms: str = ""  # what the weights may be used for, where the data that made them limits it
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         assert isinstance(self._hub_mixin_config, dict)  # a dataclass only for models that have one
         config = {"model": type(self).__name__.lower(), **self._hub_mixin_config}
+        if self.terms:
+            config["terms"] = self.terms
         text = json.dumps(config, indent=2, sort_keys=True)
         (save_directory / "config.json").write_text(text + "\n")
 
@@ -56,12 +61,14 @@ def load_folder(folder: Path, cls: type[M]) -> M:
 
     config = load_config(folder)
     del config["model"]
+    terms = str(config.pop("terms", ""))
     model = build_model(cls, config, str(folder / "config.json"))
     weights = folder / "model.safetensors"
     try:
         load_state(model, load_file(weights), str(weights))
     except (SafetensorError, FileNotFoundError) as error:
         raise InputError(f"{weights}: not readable as weights ({error})") from None
+    model.terms = terms
     return model
 
 

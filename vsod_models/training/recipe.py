@@ -95,6 +95,8 @@ class Config:
     devices: int = 1
     nodes: int = 1
     seed: int = 0
+    half: bool = False  # the saved model/ holds its weights in half precision
+    terms: str = ""  # what the weights may be used for, written into the saved model
     checkpoint_every: int = 500  # iterations
     validate_every: int = 5_000  # iterations; 0: never
 

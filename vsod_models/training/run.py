@@ -235,7 +235,9 @@ def train(
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        task.result.save_pretrained(out / "model")
+        made = copy.deepcopy(task.result)
+        made.terms = config.terms
+        (made.half() if config.half else made).save_pretrained(out / "model")
         if model.needs_prior and config.data.prior != FLOW_MAGNITUDE:
             prior = load_prior(config.data.prior)
             assert isinstance(prior, MotionPrior)
