@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,50 @@ def duration(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return seconds
+
+
+def sizes(form: str) -> Callable[[str], tuple[int, ...]]:
+    """A parser of sizes like 1x5x28x28 for a form like BxTxHxW."""
+    count = form.count("x") + 1
+
+    def parse(text: str) -> tuple[int, ...]:
+        parts = text.lower().split("x")
+        if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {form}, {count} positive whole numbers"
+            )
+        return tuple(int(part) for part in parts)
+
+    return parse
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=list(measure.DTYPES),
+        help=f"may be given more than once (default: {default})",
+    )
+
+
+def add_baselines(parser: argparse.ArgumentParser, there: Iterable[str]) -> None:
+    known = tuple(there)
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(name for name in text.split(",") if name)
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(
+                f"no baseline {unknown[0]!r}; there are {', '.join(known)}"
+            )
+        return names
+
+    parser.add_argument(
+        "--baselines",
+        type=parse,
+        default=known,
+        metavar="NAMES",
+        help=f"rivals, separated by commas, out of {', '.join(known)} (default: all)",
+    )
 
 
 def add_common(

@@ -17,11 +17,17 @@ import torch
 from vsod_ops import backends
 
 from . import BadInput, measure
-from .arguments import add_common, begin, duration, positive
+from .arguments import (
+    add_baselines,
+    add_common,
+    add_dtype,
+    begin,
+    duration,
+    positive,
+    sizes,
+)
+from .attention_report import case_table, left_out, markdown, plot, summary_table
 from .attention_rivals import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
     OURS,
     RIVALS,
     Attention,
@@ -31,10 +37,11 @@ from .attention_rivals import (
     Rival,
     Skipped,
     Wrong,
-    dtype_name,
     ours,
 )
-from .measure import AS_CALLED, IN_GRAPH
+from .measure import AS_CALLED, BACKWARD, BOTH, FORWARD, IN_GRAPH, dtype_name
+
+__all__ = ["add_arguments", "markdown", "run"]
 
 PAPER = [((1, 5, 28, 28), (4, 128)), ((1, 5, 14, 14), (8, 64))]  # VGG16 stages 4, 5 at 224x224
 HEADS = [(4, 128), (8, 64)]
@@ -224,7 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--shape",
-        type=_shape,
+        type=sizes("BxTxHxW"),
         action="append",
         metavar="BxTxHxW",
         help="video tokens; may be given more than once (default: 1x5x28x28 with 4 heads of 128 "
@@ -240,12 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="1,2",
         help="reduction rate of each head group, r or TxHxW (default: 1,2)",
     )
-    add(
-        "--dtype",
-        action="append",
-        choices=list(measure.DTYPES),
-        help="may be given more than once (default: float32 and bfloat16)",
-    )
+    add_dtype(parser, "float32 and bfloat16")
     add("--sweep", action="store_true", help="lengths from 245 to 62,720 tokens, 4 heads of 128")
     add(
         "--clip",
@@ -261,13 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="state dict of torchvision's vgg16 for --clip (default: random weights)",
     )
-    add(
-        "--baselines",
-        type=_baselines,
-        default=tuple(RIVALS),
-        metavar="NAMES",
-        help=f"rivals, separated by commas, out of {', '.join(RIVALS)} (default: all)",
-    )
+    add_baselines(parser, RIVALS)
     add("--backend", choices=backends.BACKENDS, help="backend of shunted_attention")
     add(
         "--limit",
@@ -281,30 +277,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _sizes(text: str, count: int, form: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, {count} positive whole numbers")
-    return tuple(int(part) for part in parts)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return _sizes(text, 4, "BxTxHxW")
-
-
 def _reductions(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(
-        _sizes(part, 3, "TxHxW") if "x" in part.lower() else (positive(part),) * 3
+        sizes("TxHxW")(part) if "x" in part.lower() else (positive(part),) * 3
         for part in text.split(",")
     )
-
-
-def _baselines(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in RIVALS]:
-        there = ", ".join(RIVALS)
-        raise argparse.ArgumentTypeError(f"no baseline {unknown[0]!r}; there are {there}")
-    return names
 
 
 def run(args: argparse.Namespace) -> int:
@@ -366,21 +343,21 @@ def run(args: argparse.Namespace) -> int:
             return document, measure.write_results(document, flat, args.out, _stem(args))
 
         for case, make_inputs in cases:
-            rows, left_out = bench.run(case, make_inputs())
-            results.append(_describe(case, args.seed, ours_runs_on[case.dtype], rows, left_out))
+            rows, absent = bench.run(case, make_inputs())
+            results.append(_describe(case, args.seed, ours_runs_on[case.dtype], rows, absent))
             again = measure.peak_flops(device, case.dtype)  # the best of several moments
             peaks[case.dtype] = max(peaks[case.dtype], again, key=lambda p: p["flops_per_second"])
             for row in rows:
                 peak = peaks[case.dtype]["flops_per_second"] / 1e9
                 row["share_of_peak"] = row["gflops_per_second"] / peak
             if rows:
-                console.print(_table(results[-1]))
+                console.print(case_table(results[-1]))
             document, paths = written()  # so far: the rest may take too long
             bar.advance(task)
 
     paths += plot(document, args.out, _stem(args))
-    console.print(_summary_table(document))
-    for text in _left_out(document):
+    console.print(summary_table(document))
+    for text in left_out(document):
         console.print(f"left out: {text}", soft_wrap=True)
     for name, peak in document["peak"].items():
         rate = peak["flops_per_second"] / 1e9
@@ -443,19 +420,6 @@ def _cases(
                 yield one, lambda one=one, projected=projected: Inputs.of(one, projected)
 
 
-def _left_out(document: Mapping[str, Any]) -> list[str]:
-    """Who was left out and why, each once, with the cases where it is not all of them."""
-    cases: dict[str, list[str]] = {}
-    for case in document["cases"]:
-        for name, why in case["left_out"].items():
-            cases.setdefault(f"{name}: {why}", []).append(case["label"])
-    every = len(document["cases"])
-    return [
-        text if len(labels) == every else f"{text} (at {'; '.join(labels)})"
-        for text, labels in cases.items()
-    ]
-
-
 def _stem(args: argparse.Namespace) -> str:
     if args.clip:
         return f"attention-clip-{args.clip.stem}"
@@ -482,177 +446,3 @@ def _describe(
         "rows": rows,
         "left_out": left_out,
     }
-
-
-# ---- tables and plots, all from the results document
-
-
-def _table(case: Mapping[str, Any]) -> Any:
-    """All rows of one case, as a rich table."""
-    from rich.table import Table
-
-    title = case["label"] if case["source"] == "random" else f"{case['label']}, {case['source']}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("median", "p20 to p80", "samples", "GFLOP/s", "of peak", "ours is", "memory"):
-        table.add_column(name, justify="right")
-    sections = {(row["direction"], row["mode"]) for row in case["rows"]}
-    order = (FORWARD, BACKWARD, BOTH)
-    for direction, mode in sorted(sections, key=lambda s: (order.index(s[0]), s[1])):
-        table.add_section()
-        name = direction if case["device"] == "cpu" else f"{direction}, {mode}"
-        table.add_row(name + (", derived" if direction == BACKWARD else ""), style="bold italic")
-        for row in case["rows"]:
-            if (row["direction"], row["mode"]) != (direction, mode):
-                continue
-            spread = ""
-            if row["p20_s"] is not None:
-                ends = (row["p20_s"], row["p80_s"])
-                spread = " to ".join(measure.seconds_text(x) for x in ends)
-            ratio = row["speedup_of_ours"]
-            table.add_row(
-                row["label"],
-                measure.seconds_text(row["median_s"]),
-                spread,
-                str(row["repeats"]),
-                f"{row['gflops_per_second']:.0f}",
-                f"{row['share_of_peak']:.0%}",
-                "" if ratio is None or row["rival"] == OURS else f"{ratio:.2f}x",
-                measure.bytes_text(row["peak_extra_bytes"]),
-                style="green" if row["rival"] == OURS else None,
-            )
-    return table
-
-
-SUMMARY_COLUMNS = (
-    "case",
-    "direction",
-    "ours",
-    "of peak",
-    "vs SDPA",
-    "vs best rival",
-    "memory",
-    "of SDPA",
-)
-
-
-def _summary(document: Mapping[str, Any]) -> list[list[str]]:
-    """One row a case and direction: ours against SDPA a group + cat and against the best rival."""
-    rows = []
-    for case in document["cases"]:
-        sections = dict.fromkeys((row["direction"], row["mode"]) for row in case["rows"])
-        for direction, mode in sections:
-            found = {
-                row["rival"]: row
-                for row in case["rows"]
-                if (row["direction"], row["mode"]) == (direction, mode)
-            }
-            ours = found.pop(OURS, None)
-            if ours is None or direction == BACKWARD:
-                continue
-            best = min(found.values(), key=lambda row: row["median_s"], default=None)
-            sdpa = found.get("sdpa")
-            rows.append(
-                [
-                    case["label"],
-                    direction if case["device"] == "cpu" else f"{direction}, {mode}",
-                    measure.seconds_text(ours["median_s"]),
-                    f"{ours['share_of_peak']:.0%}",
-                    f"{sdpa['speedup_of_ours']:.2f}x" if sdpa else "",
-                    f"{best['speedup_of_ours']:.2f}x {best['label']}" if best else "",
-                    measure.bytes_text(ours["peak_extra_bytes"]),
-                    measure.bytes_text(sdpa["peak_extra_bytes"]) if sdpa else "",
-                ]
-            )
-    return rows
-
-
-def _summary_table(document: Mapping[str, Any]) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    title = "shunted_attention against the rest"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for i, name in enumerate(SUMMARY_COLUMNS):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for row in _summary(document):
-        table.add_row(*row)
-    return table
-
-
-def markdown(document: Mapping[str, Any]) -> str:
-    """The summary of one results document, as a Markdown table."""
-    lines = ["| " + " | ".join(SUMMARY_COLUMNS) + " |"]
-    lines.append("| --- | --- |" + " ---: |" * (len(SUMMARY_COLUMNS) - 2))
-    lines += ["| " + " | ".join(row) + " |" for row in _summary(document)]
-    peaks = ", ".join(
-        f"{name} {peak['flops_per_second'] / 1e9:,.0f} GFLOP/s ({peak['how']})"
-        for name, peak in document["peak"].items()
-    )
-    sources = ", ".join(dict.fromkeys(case["source"] for case in document["cases"]))
-    left_out = "; ".join(_left_out(document)) or "nobody"
-    note = f"Inputs: {sources}. Measured peak: {peaks}. Left out: {left_out}."
-    return "\n".join([*lines, "", note])
-
-
-def plot(document: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Speed and memory of every rival: over length from three lengths on, else as bars."""
-    lengths = {case["queries"] for case in document["cases"]}
-    mode = AS_CALLED if document["machine"]["device"] == "cpu" else IN_GRAPH
-    lines = len(lengths) >= 3
-    speed, memory = [], []
-    for heads in dict.fromkeys((c["heads"], c["head_dim"]) for c in document["cases"]):
-        for dtype, peak in document["peak"].items():
-            for direction in (FORWARD, BOTH):
-                rows = [
-                    (case, row)
-                    for case in document["cases"]
-                    for row in case["rows"]
-                    if case["dtype"] == dtype and row["direction"] == direction
-                    and (not lines or (case["heads"], case["head_dim"]) == heads)
-                ]  # fmt: skip
-                title = f"{dtype}, {direction}" + (f", {heads[0]} x {heads[1]}" if lines else "")
-                x = _x_number if lines else _x_name
-                timed = [(case, row) for case, row in rows if row["mode"] == mode]
-                speed.append(
-                    measure.Panel(
-                        title,
-                        _series(timed, x, "median_s", 1e3)
-                        if lines
-                        else _series(timed, x, "gflops_per_second", 1),
-                        None if lines else peak["flops_per_second"] / 1e9,
-                    )
-                )
-                known = [(case, row) for case, row in rows if row["peak_extra_bytes"] is not None]
-                memory.append(measure.Panel(title, _series(known, x, "peak_extra_bytes", 1e-6)))
-        if not lines:
-            break
-    kind = "lines" if lines else "bars"
-    x_label = "tokens N" if lines else ""
-    line = document["machine"]["line"]
-    paths = measure.plot(
-        speed, folder / f"{stem}-{'time' if lines else 'speed'}", kind=kind, x_label=x_label,
-        y_label="ms, lower is better" if lines else "GFLOP/s, higher is better",
-        y_log=lines, title=line, peak_label="measured peak",
-    )  # fmt: skip
-    return paths + measure.plot(
-        memory, folder / f"{stem}-memory", kind=kind, x_label=x_label,
-        y_label="peak extra memory, MB", title=line,
-    )  # fmt: skip
-
-
-def _series(
-    rows: Sequence[tuple[Mapping, Mapping]], x: Callable[[Mapping], Any], field: str, factor: float
-) -> dict[str, list[tuple[Any, float]]]:
-    series: dict[str, list[tuple[Any, float]]] = {}
-    for case, row in rows:
-        series.setdefault(row["label"], []).append((x(case), row[field] * factor))
-    return series
-
-
-def _x_number(case: Mapping[str, Any]) -> int:
-    return case["queries"]
-
-
-def _x_name(case: Mapping[str, Any]) -> str:
-    return f"N = {case['queries']:,}\n{case['heads']} x {case['head_dim']}"

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vsod_ops.shunted_attention import reference, shunted_attention
 
+from .measure import BACKWARD, BOTH, FORWARD, dtype_name
+
 Attention = Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]  # (q, keys, values) -> out
 Triple = tuple[int, int, int]
 
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 CHECKED_ROWS = 1024  # queries compared with the float64 reference, spread over the sequence,
 CHECKED_SCORES = 2**26  # and the largest number of scores of one group that this may take
 
@@ -136,10 +137,6 @@ class Inputs:
             return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
         return both
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- rivals: build(case) prepares what a user would prepare once and returns the call

@@ -10,7 +10,6 @@ float32 in TF32, which conv_lstm does not.
 """
 
 import argparse
-import ctypes
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +24,9 @@ from vsod_ops import backends, conv_lstm
 from vsod_ops.conv_lstm import op
 
 from . import BadInput, measure
-from .arguments import add_common, begin
-from .measure import AS_CALLED, IN_GRAPH
+from .arguments import add_baselines, add_common, add_dtype, begin, sizes
+from .measure import AS_CALLED, BACKWARD, BOTH, FORWARD, IN_GRAPH, dtype_name
 
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 IN_MEMORY = REUSED, FRESH = "reused", "fresh"
 OURS, CONVOLUTIONS = "ours", "convolutions"
 FIELD = ((1, 4, 4, 4, 512, 512), (1, 4, 4, 16, 512, 512), (4, 10, 64, 64, 64, 64))
@@ -42,6 +40,10 @@ SHAPE_FORM = "BxTxCxMxHxW"
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # x, weight_ih, weight_hh, bias
 Rival = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # -> out
+
+
+def definition(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> Tensor:
+    return conv_lstm(x, None, weight_ih, weight_hh, bias, backend="reference")[0]
 
 
 def pointwise(sums: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +110,7 @@ class Case:
     @property
     def label(self) -> str:
         b, t, c, m, h, w = self.shape
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{c} -> {m}, {h}x{w}, B={b}, T={t}, {dtype}"
+        return f"{c} -> {m}, {h}x{w}, B={b}, T={t}, {dtype_name(self.dtype)}"
 
     def flops(self, direction: str) -> float:
         """Of all convolutions, that of the zero state included."""
@@ -180,11 +181,6 @@ def errors(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
     )
 
 
-def give_memory_back() -> None:
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def run_case(
     case: Case, built: Mapping[str, tuple[str, Callable[[], Rival]]], args: argparse.Namespace,
     show: Callable[[str], None],
@@ -204,7 +200,7 @@ def run_case(
         except Exception as error:
             left_out[name] = measure.reason(error)
     torch.backends.cudnn.benchmark = False  # in float64 the search takes longer than the calls
-    oracle = call_of(cell_loop, wide, BOTH)()
+    oracle = call_of(definition, wide, BOTH)()
     torch.backends.cudnn.benchmark = True
     for direction in (FORWARD, BOTH):
         calls, memory = {}, {}
@@ -268,7 +264,7 @@ def time_calls(
     spent = 0.0
     while spent < seconds or len(next(iter(samples.values()))) < measure.MIN_REPEATS:
         for name, (call,) in calls.items():
-            give_memory_back()
+            measure.give_memory_back()
             samples[name].append(measure.seconds_of(call, device))
             spent += samples[name][-1]
     return {name: measure.Timing.of(times) for name, times in samples.items()}, {}
@@ -302,7 +298,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--shape",
-        type=_shape,
+        type=sizes(SHAPE_FORM),
         action="append",
         metavar=SHAPE_FORM,
         help="may be given more than once (default: 4 -> 4 and 4 -> 16 channels at 512x512, T=4; "
@@ -310,30 +306,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "B=4, T=4, in float32 and bfloat16, 64 -> 64 and 128 -> 128 at 64x64, B=16, T=10, in "
         "bfloat16)",
     )
-    add(
-        "--dtype",
-        action="append",
-        choices=list(measure.DTYPES),
-        help="may be given more than once (default: float32)",
-    )
-    add(
-        "--baselines",
-        default=",".join(rivals()),
-        metavar="NAMES",
-        help=f"rivals, separated by commas, out of {', '.join(rivals())} (default: all)",
-    )
+    add_dtype(parser, "float32")
+    add_baselines(parser, rivals())
     add("--backend", choices=backends.BACKENDS, help="backend of conv_lstm")
     add_common(
         parser, device=None, seconds=2.0,
         seconds_help="time for one case, direction and kind of memory (default: 2)",
     )  # fmt: skip
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if len(parts) != 6 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {SHAPE_FORM}, 6 positive whole numbers")
-    return tuple(int(part) for part in parts)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -342,9 +321,6 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 130)
     device = begin(args)
     there = rivals()
-    names = [name for name in args.baselines.split(",") if name]
-    if unknown := [name for name in names if name not in there]:
-        raise BadInput(f"no baseline {unknown[0]!r}; there are {', '.join(there)}")
     cases = cases_of(args, device)
     for case in cases:
         _, _, channels, hidden, _, _ = case.shape
@@ -361,13 +337,13 @@ def run(args: argparse.Namespace) -> int:
     built = {
         OURS: ("conv_lstm", lambda: ours(False)),
         f"{OURS}-recompute": ("conv_lstm, recompute=True", lambda: ours(True)),
-        **{name: there[name] for name in names},
+        **{name: there[name] for name in args.baselines},
     }
     document = measure.record("conv_lstm", device, vars(args))
     console.print(document["machine"]["line"], soft_wrap=True)
     document |= {"peak": {}, "cases": []}
     for case in cases:
-        name = str(case.dtype).removeprefix("torch.")
+        name = dtype_name(case.dtype)
         if name not in document["peak"]:
             document["peak"][name] = measure.peak_flops(device, case.dtype)
         with console.status(case.label) as status:
@@ -436,8 +412,7 @@ COLUMNS = ("case", "direction", "ours", "of peak", "vs eager", "vs best rival", 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The summary of one results document, as a Markdown table (reused memory)."""
-    lines = ["| " + " | ".join(COLUMNS) + " |"]
-    lines.append("| --- | --- |" + " ---: |" * (len(COLUMNS) - 2))
+    lines = []
     for case in document["cases"]:
         ways = dict.fromkeys(way_of(row) for row in case["rows"] if way_of(row) != FRESH)
         for direction, way in itertools.product((FORWARD, BOTH), ways):
@@ -462,5 +437,5 @@ def markdown(document: Mapping[str, Any]) -> str:
                 measure.bytes_text(recompute["peak_extra_bytes"]) if recompute else "",
                 measure.bytes_text(eager["peak_extra_bytes"]) if eager else "",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return measure.markdown_table(COLUMNS, lines, left=2)

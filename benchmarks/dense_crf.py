@@ -19,7 +19,9 @@ from vsod_ops import backends, dense_crf
 from vsod_ops.dense_crf import PRESETS
 
 from . import BadInput, measure
-from .arguments import add_common, begin
+from .arguments import add_common, begin, sizes
+from .plots import Panel
+from .plots import plot as draw
 
 OURS, RIVAL, ON_CPU = "dense_crf", "pydensecrf", "dense_crf on the CPU"
 SIZES = [(321, 321), (512, 512), (854, 480), (1920, 1080)]  # width, height
@@ -187,7 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--size",
-        type=_size,
+        type=sizes("WxH"),
         action="append",
         metavar="WxH",
         help="may be given more than once (default: 321x321, 512x512, 854x480, 1920x1080)",
@@ -209,13 +211,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=list(PRESETS), default="dss")
     add("--backend", choices=backends.BACKENDS, help="backend of dense_crf")
     add_common(parser, seconds=5.0, seconds_help="time for one case (default: 5)")
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WxH, two positive whole numbers")
-    return int(parts[0]), int(parts[1])
 
 
 def _maker(images: str) -> Callable[[int, int, int, int], Inputs]:
@@ -295,12 +290,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     """The summary of one results document, as a Markdown table."""
     timed = [case for case in document["cases"] if case["rows"]]
     columns = _columns(timed[0]["rows"][1]["rival"] if timed else RIVAL)
-    lines = ["| " + " | ".join(columns) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(columns) - 1))
-    lines += ["| " + " | ".join(_line(case)) + " |" for case in timed]
+    table = measure.markdown_table(columns, [_line(case) for case in timed], left=1)
     options = document["options"]
     note = f"Images: {options['images']}; preset {options['preset']}; times are of one call."
-    return "\n".join([*lines, "", note])
+    return f"{table}\n\n{note}"
 
 
 def plot(document: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
@@ -316,8 +309,8 @@ def plot(document: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
             for row in case["rows"]:
                 if row[field] is not None:
                     series.setdefault(row["rival"], []).append((_label(case), row[field] * factor))
-        panel = measure.Panel(document["options"]["images"], series)
-        paths += measure.plot(
+        panel = Panel(document["options"]["images"], series)
+        paths += draw(
             [panel] if series else [], folder / f"{stem}-{name}", kind="bars", title=line,
             x_label="", y_label=y_label, columns=1,
         )  # fmt: skip

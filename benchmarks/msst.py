@@ -19,8 +19,7 @@ from vsod_ops import backends, dense_crf
 from vsod_ops.conv_lstm import op as conv_lstm_op
 
 from . import BadInput, measure
-from .arguments import add_common, begin
-from .dense_crf import _size
+from .arguments import add_common, begin, sizes
 
 STAGES = ("flow", "prior", "spatial", "temporal", "ConvLSTM", "fusion", "CRF")
 WAYS = ("window by window", "window by window, priors kept", "streaming")
@@ -161,7 +160,7 @@ def calls(pipeline: Pipeline) -> dict[str, Callable[[], object]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--size", type=_size, default=(512, 512), metavar="WxH", help="default: 512x512")
+    add("--size", type=sizes("WxH"), default=(512, 512), metavar="WxH", help="default: 512x512")
     add("--frames", type=int, default=4, help="T, frames of a window (default: 4, as the paper)")
     add("--backbone", choices=("vgg16", "vgg16_bn", "mobilenet_v2"), default="vgg16")
     add("--width", type=float, default=1.0, help="factor on VGG's channels (default: 1)")
