@@ -10,6 +10,7 @@ pytest.importorskip("av")
 
 from vsod_models.networks.contract import Loss, SaliencyModel, Trainable
 from vsod_models.prediction import VideoPredictor
+from vsod_models.prior.flow import FlowMagnitude
 from vsod_models.prior.regions import MotionPrior
 from vsod_models.training.recipe import read_config
 from vsod_models.training.run import train
@@ -76,23 +77,82 @@ def test_what_a_model_has_to_have():
         assert not hasattr(prior, name)
 
 
-def test_training_knows_no_model_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("vsod_models.training.run.model_class", lambda name: Toy)
-    recipe = tmp_path / "toy.yaml"
-    recipe.write_text("""
+RECIPE = """
 model: {name: toy}
 data:
   train: [{dataset: synthetic, options: {clips: 2, frames: 3, size: [32, 32]}}]
   sizes: [[32, 32]]
-  clip_length: 2
   workers: 0
 iterations: 2
 batch_size: 2
 accelerator: cpu
 checkpoint_every: 2
-""")
-    folder = train(read_config(recipe, [f"out={tmp_path / 'run'}"]))
-    loaded = Toy.from_pretrained(folder)
-    assert loaded.clip_length == 2
-    start = train(read_config(recipe, [f"out={tmp_path / 'other'}", "iterations=1"]))
-    assert not torch.equal(loaded.layer.weight, Toy.from_pretrained(start).layer.weight)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Trains a model of a class, with changes to the recipe above."""
+
+    def run(cls, *changes, **options):
+        monkeypatch.setattr("vsod_models.training.run.model_class", lambda name: cls)
+        (tmp_path / "toy.yaml").write_text(RECIPE)
+        config = read_config(tmp_path / "toy.yaml", [f"out={tmp_path / 'run'}", *changes])
+        return cls.from_pretrained(train(config, **options))
+
+    return run
+
+
+def test_training_knows_no_model_by_name(toy, tmp_path):
+    done = toy(Toy)
+    assert done.clip_length == 2
+    # A checkpoint from when recipes said the clip length again goes on, too.
+    last = tmp_path / "run" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["config"]["data"]["clip_length"] = 2
+    torch.save(checkpoint, last)
+    more = toy(Toy, "iterations=4", resume=True)
+    assert not torch.equal(done.layer.weight, more.layer.weight)
+
+
+class Moving(Toy):
+    needs_prior = True
+
+    def encode(self, frames, prior=None):
+        assert prior.shape == (*frames.shape[:2], 1, *frames.shape[3:])
+        return super().encode(torch.cat([frames[:, :, :2], prior], 2))
+
+    def loss(self, batch, options):
+        batch = batch | {"frames": torch.cat([batch["frames"][:, :, :2], batch["prior"]], 2)}
+        logits = self.decode(super().encode(batch["frames"]), (32, 32))
+        weight = batch["valid"] * batch["weight"]
+        return Loss((logits - batch["masks"]).square().mean(), logits, batch["masks"], weight)
+
+
+def test_the_prior_of_a_run_is_loaded_once_and_its_maps_are_kept(toy, tmp_path, monkeypatch):
+    loaded, made, moved = [], [], []
+
+    class Source(FlowMagnitude):
+        def to(self, device):
+            moved.append(device)
+            return self
+
+        def from_flow(self, flow):
+            made.append(1)
+            return super().from_flow(flow)
+
+    def load(source):
+        loaded.append(source)
+        return Source()
+
+    monkeypatch.setattr("vsod_models.training.run.load_prior", load)
+    changes = [
+        f"data.prior_cache={tmp_path / 'priors'}",
+        "data.validation={dataset: synthetic, split: val, options: {clips: 1, frames: 3}}",
+        "validate_every=1",
+        "checkpoint_every=1",
+    ]
+    toy(Moving, *changes)
+    assert loaded == ["flow-magnitude"] and moved == [torch.device("cpu")]
+    # Two clips to train on and one that is scored twice, of three frames each.
+    assert len(made) == 9 == len(list((tmp_path / "priors").rglob("*.png")))

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from clips import decode, make_video, picture, sound_packets  # noqa: E402
 
 from vsod_models import cli, zoo  # noqa: E402
 from vsod_models.cli.predict import parse_colour, parse_size  # noqa: E402
+from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.media.views import TINT, VIEWS  # noqa: E402
@@ -34,8 +36,11 @@ from vsod_models.networks.mssa import MSSA  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
     VideoPredictor,
     fitted,
+    predict_dataset,
     predict_file,
 )
+from vsod_models.prior.cache import make_priors  # noqa: E402
+from vsod_models.prior.flow import FlowMagnitude, frame_prior  # noqa: E402
 
 SIZE = (12, 16)
 
@@ -537,6 +542,28 @@ def test_a_dataset_for_evaluation(vsod, tmp_path):
     assert sorted(p for p in data.rglob("*")) == before
     code, _, error = vsod("-o", out)
     assert code == 2 and "give an input" in error
+
+
+def test_priors_of_a_dataset_are_not_made_again(tmp_path):
+    def refuse(frame, neighbour):
+        raise AssertionError("made again")
+
+    data = tmp_path / "data"
+    with pytest.raises(SystemExit):
+        options = "--clips 1 --val-clips 1 --frames 3 --height 32 --width 40"
+        cli.main(["data", "synthetic", str(data), *options.split()])
+    source = FlowMagnitude()
+    records = make_priors(open_dataset("davis16", data, "val"), source, tmp_path / "priors")
+    shown = {}
+    for name, these, prior in (
+        ("kept", records, refuse),
+        ("made", open_dataset("davis16", data, "val"), partial(frame_prior, source)),
+    ):
+        predict_dataset(VideoPredictor(LastOnly(), "cpu", prior=prior), these, tmp_path / name)
+        shown[name] = [np.array(Image.open(p)) for p in sorted((tmp_path / name).rglob("*.png"))]
+    assert len(shown["kept"]) == 3
+    for kept, made in zip(shown["kept"], shown["made"], strict=True):
+        np.testing.assert_allclose(kept.astype(int), made, atol=1)  # kept in 8 bits
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")

@@ -41,12 +41,12 @@ model:
   depth: 1
   feed_forward: 16
   decoder_dim: 8
+  clip_length: 2
   image_size: [32, 32]
 data:
   train:
     - {dataset: synthetic, options: {clips: 8, frames: 4, size: [40, 40]}}
   sizes: [[32, 32]]
-  clip_length: 2
   workers: 0
 accelerator: cpu
 batch_size: 2
@@ -238,7 +238,7 @@ def test_the_three_stages_of_msst(tmp_path):
     full, os_stage = weights(tmp_path / "full"), weights(tmp_path / "os")
     assert any(name.startswith("lstm.") for name in full)
     assert set(os_stage) < set(full)
-    assert len(list((tmp_path / "priors").rglob("*.png"))) == 2 * 12, "of two kinds"
+    assert len(list((tmp_path / "priors").rglob("*.png"))) == 2 * 16, "of two kinds"
     assert prior_of(tmp_path / "st" / "model") == prior_of(tmp_path / "st" / "last.ckpt")
     assert prior_of(tmp_path / "st" / "model") == "flow-magnitude"
     assert prior_of(tmp_path / "full" / "last.ckpt") == str(tmp_path / "regions")
@@ -371,6 +371,7 @@ def test_recipes_that_cannot_be(tmp_path):
         (["data.train=[]"], r"data\.train is empty"),
         (["data.train=[{dataset: davis16}]"], r"data\.roots\.davis16=DIR"),
         (["data.sampling=sorted"], r"data\.sampling"),
+        (["data.clip_length=3"], r"data\.clip_length is 3 and the model's 2"),
         (["loss.positive_weight=inverse"], r"loss\.positive_weight"),
         (["optimizer.learning_rate=1e30", "optimizer.clip_gradient=0"], "not finite"),
         (["precision=8-bit"], "precision"),

@@ -91,7 +91,8 @@ class VideoPredictor:
         crf: refine each mask with :func:`vsod_ops.dense_crf` at the frame's size, with the numbers
             of this preset, "dss" or "deeplab".
         prior: `prior(frame, neighbour) -> (H, W)` in [0, 1], for a model that needs a motion
-            prior; the neighbour is the next frame, and for the last one the frame before it.
+            prior, and frames that bring none; the neighbour is the next frame, and for the last
+            one the frame before it.
         name: of the model, for `describe`.
 
     Raises InputError where an argument cannot be.
@@ -234,6 +235,8 @@ class VideoPredictor:
             yield frame, self._prior_of(frame, before or frame)
 
     def _prior_of(self, frame: Frame, other: Frame) -> np.ndarray:
+        if frame.prior is not None:
+            return frame.prior
         assert self.prior is not None
         try:
             return self.prior(frame.picture, other.picture)
@@ -463,7 +466,8 @@ class Recorded:
 
     def __iter__(self) -> Iterator[Frame]:
         for index, record in enumerate(self.records):
-            yield Frame(record.read_image(), index, record.name, index, self.time_base, 1)
+            picture, prior = record.read_image(), record.read_prior()
+            yield Frame(picture, index, record.name, index, self.time_base, 1, prior)
 
 
 def predict_dataset(
@@ -476,6 +480,9 @@ def predict_dataset(
     progress: Callable[[int], None] = lambda frames: None,
 ) -> int:
     """Every sequence of a dataset into `<output>/<sequence>/<frame>.png`, for `vsod eval`.
+
+    Motion priors of the records are used in place of the predictor's, see
+    :func:`vsod_models.prior.cache.make_priors`.
 
     Sequences that are whole already are kept, unless `overwrite`; so a run that was stopped goes
     on.  Returns the number of frames written.

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .progress import frames_progress
+from .progress import frames_progress, progress
 
 
 def predict(
@@ -81,7 +81,8 @@ def predict(
         from ..prior.load import load_prior, prior_of
 
         name = prior or prior_of(model)
-        make_prior, with_prior = functools.partial(frame_prior, load_prior(name)), f", prior {name}"
+        source_of_priors = load_prior(name).to(prediction.choose_device(device))
+        make_prior, with_prior = functools.partial(frame_prior, source_of_priors), f", prior {name}"
     predictor = prediction.VideoPredictor(
         loaded,
         device,
@@ -95,17 +96,22 @@ def predict(
     )
     print(predictor.describe() + with_prior, flush=True)
     if dataset is not None:
-        with frames_progress(len(records)) as progress:
+        if loaded.needs_prior:
+            from ..prior.cache import make_priors
+
+            with progress("Motion priors", len(records)) as step:
+                records = make_priors(records, source_of_priors, on_frame=step)
+        with frames_progress(len(records)) as on_frames:
             frames = prediction.predict_dataset(
-                predictor, records, output, view=view, overwrite=overwrite, progress=progress
+                predictor, records, output, view=view, overwrite=overwrite, progress=on_frames
             )
         print(f"{output}: {frames} frames of {len(records.sequences)} sequences, {view}")
         return
     try:
-        with frames_progress(source.frames) as progress:
+        with frames_progress(source.frames) as on_frames:
             written = prediction.predict_file(
                 predictor, source, output, view=view, background=colour, overwrite=overwrite,
-                progress=progress,
+                progress=on_frames,
             )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped before the first frame: nothing was written", file=sys.stderr)

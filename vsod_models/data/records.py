@@ -55,6 +55,12 @@ class Record:
             return self.foreground(picture).astype(np.uint8)
         return (grey(picture) > above).astype(np.uint8)
 
+    def read_prior(self) -> np.ndarray | None:
+        """(H, W) float32 in [0, 1]; None where the frame has no motion prior."""
+        if self.prior is None:
+            return None
+        return grey(read_as_stored(self.prior)).astype(np.float32) / 255
+
 
 class Records(Sequence[Record]):
     """The records of one split of one dataset, sequence by sequence, frames in order."""

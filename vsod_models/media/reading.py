@@ -43,6 +43,7 @@ class Frame:
     pts: int
     time_base: Fraction
     duration: int = 0
+    prior: np.ndarray | None = None  # (H, W) in [0, 1]: its motion prior, where that is known
 
     @property
     def time(self) -> float:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..data.records import Record
@@ -25,6 +26,9 @@ class PriorSource(Protocol):
     """What gives priors: the longer side that it works at, its cache key, and the map itself."""
 
     side: int
+
+    def to(self, device: torch.device | str) -> PriorSource:
+        """Itself, from now on computing there."""
 
     def key(self) -> str:
         """Changes with all that the map depends on."""
@@ -103,6 +107,10 @@ class FlowMagnitude:
 
     def __init__(self, side: int = 480):
         self.side = side
+
+    def to(self, device: torch.device | str) -> FlowMagnitude:
+        """Itself: all it does is done on the CPU."""
+        return self
 
     def key(self) -> str:
         return hash_of({"prior": FLOW_MAGNITUDE, "side": self.side}, ())

@@ -45,7 +45,7 @@ class DataConfig:
     roots: dict[str, str] = field(default_factory=dict)  # dataset -> folder
     # (height, width) of the samples; with several sizes, batches alternate between them
     sizes: list[list[int]] = field(default_factory=lambda: [[224, 224]])
-    clip_length: int = 5
+    clip_length: int | None = None  # the model's; another one is an error
     # In place of sizes, clip_length and batch_size: batches of different shapes, in turn.
     shapes: list[Shape] = field(default_factory=list)
     sampling: str = "adjacent"  # or "random": any frames of a sequence, in order

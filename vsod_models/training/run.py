@@ -26,13 +26,19 @@ from ..errors import InputError
 from ..files import whole_file
 from ..networks.contract import Trainable
 from ..networks.losses import POSITIVE_WEIGHTS
-from ..networks.saved import build_model
+from ..networks.saved import PretrainedModel, build_model
 from ..prior.flow import FLOW_MAGNITUDE
 from ..prior.load import load_prior
-from ..prior.regions import MotionPrior
 from ..zoo import load_model, model_class
 from .recipe import Config, plain
-from .samples import Progress, SampleNumbers, make_dataset, silent
+from .samples import (
+    Progress,
+    SampleNumbers,
+    make_dataset,
+    open_source,
+    silent,
+    with_priors,
+)
 from .validation import Validation
 
 
@@ -183,7 +189,6 @@ def train(
             f"got {config.loss.positive_weight!r}"
         )
     model = make_model(config)
-    dataset = make_dataset(config, model, progress)
     task = Task(model, config)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # it is the run folder
@@ -195,8 +200,6 @@ def train(
             dirpath=out, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
         ),
     ]
-    if config.data.validation is not None and config.validate_every:
-        all_callbacks.append(Validation(config))
     try:
         trainer = lightning.Trainer(
             accelerator=config.accelerator,
@@ -219,6 +222,15 @@ def train(
         )
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"precision, accelerator, devices or nodes: {error}") from None
+    prior = None
+    if model.needs_prior:
+        prior = load_prior(config.data.prior).to(trainer.strategy.root_device)
+    dataset = make_dataset(config, model, prior, progress)
+    if config.data.validation is not None and config.validate_every:
+        records = open_source(config.data, config.data.validation)
+        if prior is not None:
+            (records,) = with_priors([records], prior, config.data, progress)
+        trainer.callbacks.insert(0, Validation(config, records, prior))  # type: ignore[attr-defined]
     loader = DataLoader(
         dataset,
         batch_sampler=SampleNumbers(
@@ -238,9 +250,7 @@ def train(
         made = copy.deepcopy(task.result)
         made.terms = config.terms
         (made.half() if config.half else made).save_pretrained(out / "model")
-        if model.needs_prior and config.data.prior != FLOW_MAGNITUDE:
-            prior = load_prior(config.data.prior)
-            assert isinstance(prior, MotionPrior)
+        if isinstance(prior, PretrainedModel):
             prior.save_pretrained(out / "model" / "prior")  # so that the folder is all one needs
     return out / "model"
 
@@ -255,6 +265,8 @@ def check_same(config: Config, last: Path) -> int:
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise InputError(f"{last}: not a checkpoint ({type(error).__name__})") from None
     now = plain(config)
+    for one in (before, now):
+        del one["data"]["clip_length"]  # the model's, which is compared
     free = ("out", "iterations", "accelerator", "validate_every")
     changed = [k for k in now if k not in free and now[k] != before.get(k)]
     if changed:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..labels.coarse import with_coarse_labels
 from ..networks.contract import SaliencyModel
 from ..prior.cache import make_priors
-from ..prior.load import load_prior
+from ..prior.flow import PriorSource
 from .recipe import Config, DataConfig, Shape, Source
 
 
@@ -54,7 +54,8 @@ class SampleNumbers(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.iteration() * self.config.accumulate
-        clips = [shape.clips for shape in shapes_of(self.config)]
+        data = self.config.data
+        clips = [s.clips for s in data.shapes] or [self.config.batch_size] * len(data.sizes)
         for batch in range(first, first + len(self)):
             turn, shape = divmod(batch, len(clips))
             before = (turn * sum(clips) + sum(clips[:shape])) * self.world
@@ -62,10 +63,17 @@ class SampleNumbers(Sampler[list[tuple[int, int]]]):
             yield [(number, shape) for number in range(start, start + clips[shape])]
 
 
-def shapes_of(config: Config) -> list[Shape]:
+def shapes_of(config: Config, model: SaliencyModel) -> list[Shape]:
     """What batches look like, in turn."""
-    data = config.data
-    return data.shapes or [Shape(size, data.clip_length, config.batch_size) for size in data.sizes]
+    data, length = config.data, model.clip_length
+    if data.shapes:
+        return data.shapes
+    if data.clip_length not in (None, length):
+        raise InputError(
+            f"data.clip_length is {data.clip_length} and the model's {length}: say it once, as "
+            "model.clip_length"
+        )
+    return [Shape(size, length, config.batch_size) for size in data.sizes]
 
 
 def open_source(data: DataConfig, source: Source) -> Records:
@@ -89,8 +97,21 @@ def silent(title: str, total: int) -> Iterator[Callable[[], object]]:
     yield lambda: None
 
 
-def make_dataset(config: Config, model: SaliencyModel, progress: Progress = silent) -> Mix:
-    """The training mix, with motion priors where the model needs them (made on first use)."""
+def with_priors(
+    sources: Sequence[Records], prior: PriorSource, data: DataConfig, progress: Progress
+) -> list[Records]:
+    """The records with their motion priors, made where the cache has none."""
+    with progress("motion priors", sum(map(len, sources))) as step:
+        return [make_priors(r, prior, data.prior_cache, on_frame=step) for r in sources]
+
+
+def make_dataset(
+    config: Config,
+    model: SaliencyModel,
+    prior: PriorSource | None = None,
+    progress: Progress = silent,
+) -> Mix:
+    """The training mix, with motion priors by `prior` where that is not None."""
     data = config.data
     if not data.train:
         raise InputError("data.train is empty: at least one dataset is needed")
@@ -98,10 +119,8 @@ def make_dataset(config: Config, model: SaliencyModel, progress: Progress = sile
     if data.sampling not in ("adjacent", "random"):
         raise InputError(f'data.sampling must be "adjacent" or "random", got {data.sampling!r}')
     sources = [open_source(data, source) for source in data.train]
-    if model.needs_prior:
-        prior = load_prior(data.prior)
-        with progress("motion priors", sum(map(len, sources))) as step:
-            sources = [make_priors(r, prior, data.prior_cache, on_frame=step) for r in sources]
+    if prior is not None:
+        sources = with_priors(sources, prior, data, progress)
     parts = [
         [
             ClipDataset(
@@ -117,6 +136,6 @@ def make_dataset(config: Config, model: SaliencyModel, progress: Progress = sile
             )
             for records in sources
         ]
-        for shape in shapes_of(config)
+        for shape in shapes_of(config, model)
     ]
     return Mix(parts, [source.share for source in data.train], config.seed)

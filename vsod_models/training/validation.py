@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -11,22 +10,17 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from ..data import Records
+from ..media.views import side_by_side
 from ..networks.contract import SaliencyModel
-from ..prior.flow import frame_prior
-from ..prior.load import load_prior
+from ..prior.flow import PriorSource, frame_prior
 from .recipe import Config
-from .samples import open_source
 
 
 class Validation(Callback):
     """Scores by the davsod protocol, and masks of a few frames, into TensorBoard."""
 
-    def __init__(self, config: Config):
-        self.config = config
-        source = config.data.validation
-        assert source is not None
-        self.records = open_source(config.data, source)
-        self.prior = functools.partial(frame_prior, load_prior(config.data.prior))
+    def __init__(self, config: Config, records: Records, prior: PriorSource | None):
+        self.config, self.records, self.prior = config, records, prior
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, task: Any) -> None:
         every = self.config.validate_every
@@ -48,29 +42,29 @@ class Validation(Callback):
 def validate(
     model: SaliencyModel,
     records: Records,
-    prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    prior: PriorSource | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Scores over all sequences, and the middle frame of the first three beside its mask."""
+    """Scores over all sequences, and the middle frame of the first three beside its mask.
+
+    prior: for records without motion priors of their own.
+    """
     from ..evaluation import SaliencyEvaluator
-    from ..prediction import VideoPredictor
+    from ..prediction import Recorded, VideoPredictor
 
     training = model.training
     evaluator = SaliencyEvaluator(protocol="davsod")
     pictures: dict[str, np.ndarray] = {}
     device = next(model.parameters()).device
-    predictor = VideoPredictor(model, device, prior=prior)
+    make_prior = None if prior is None else functools.partial(frame_prior, prior)
+    predictor = VideoPredictor(model, device, prior=make_prior)
     try:
         for name, frames in records.sequences.items():
-            images = [record.read_image() for record in frames]
-            maps = predictor.predict_clip(images)
-            for record, saliency in zip(frames, maps, strict=True):
+            for record, result in zip(frames, predictor.stream(Recorded(frames)), strict=True):
                 mask = record.read_mask(evaluator.protocol.mask_above)
                 if mask is not None:
-                    evaluator.add(name, record.name, saliency, mask)
-            if len(pictures) < 3:
-                middle = len(frames) // 2
-                grey = (maps[middle] * 255).round().astype(np.uint8)[:, :, None].repeat(3, 2)
-                pictures[name] = np.concatenate([images[middle], grey], 1)
+                    evaluator.add(name, record.name, result.saliency, mask)
+                if len(pictures) < 3 and result.index == len(frames) // 2:
+                    pictures[name] = side_by_side(result.frame, result.saliency, (0, 0, 0))
     finally:
         model.train(training)
     return evaluator.result().overall, pictures
