@@ -265,7 +265,6 @@ def test_terms_and_half_precision_are_saved(tmp_path):
     assert "weights for" not in VideoPredictor(small(), "cpu").describe()
 
 
-
 def test_models_that_cannot_be_loaded(tmp_path):
     with pytest.raises(InputError, match="neither a folder or checkpoint nor shipped"):
         load_model("mssa-huge")
