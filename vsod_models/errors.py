@@ -14,3 +14,9 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"
     return " ".join(str(error).split())
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of another library, whose first line says it; its kind if empty."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)

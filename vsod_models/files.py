@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 
@@ -80,6 +81,16 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def read_json(file: Path, what: str) -> Any:
+    """What a JSON file holds; InputError naming it and `what` it should be, where it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such {what}") from None
+    except (ValueError, RecursionError) as error:  # also of UTF-8, and numbers without end
+        raise InputError(f"{file}: not JSON, and so no {what} ({error})") from None
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:

@@ -13,10 +13,11 @@ SHIPPED = Path(__file__).parent / "weights"
 MODELS = {"mssa": "MSSA", "msst": "MSST"}  # a file in networks/, and its class
 
 
-def model_class(name: str) -> type[Trainable]:
-    """The class of "mssa" or "msst"."""
-    if name not in MODELS:
-        raise InputError(f"model {name!r} is unknown; there are {' and '.join(MODELS)}")
+def model_class(name: str, source: str = "") -> type[Trainable]:
+    """The class of "mssa" or "msst"; `source`: who names it, for the error."""
+    if not isinstance(name, str) or name not in MODELS:
+        named = f"{source}: model {name!r}" if source else f"model {name!r}"
+        raise InputError(f"{named} is unknown; there are {' and '.join(MODELS)}")
     return getattr(import_module(f".networks.{name}", __package__), MODELS[name])
 
 
@@ -45,12 +46,12 @@ def load_model(source: str | Path) -> SaliencyModel:
     name = load_config(path)["model"]
     if name == "motionprior":
         raise InputError(f"{source}: a motion prior, not a model of saliency")
-    return load_folder(path, model_class(name)).eval()
+    return load_folder(path, model_class(name, str(path / "config.json"))).eval()
 
 
 def _from_checkpoint(file: Path) -> SaliencyModel:
     config, state = read_checkpoint(file)
     arguments = dict(config["model"])
-    model = build_model(model_class(arguments.pop("name", "mssa")), arguments, str(file))
+    model = build_model(model_class(arguments.pop("name", "mssa"), str(file)), arguments, str(file))
     load_state(model, state, str(file))
     return model

@@ -11,35 +11,47 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from ..limits import NotNegative, Share
+
 Clip = dict[str, Any]
+
+
+def _ascending(crop: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < crop[0] <= crop[1]:
+        raise ValueError("it has to be two shares above 0, the smaller first")
+    return crop
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """What the paper augments with: rotation, flip, crop, colour.  0 (or (1, 1)) turns one off."""
 
-    rotation: float = 10.0  # degrees, to both sides
-    flip: float = 0.5  # probability, left to right
-    crop: tuple[float, float] = (0.6, 1.0)  # share of the area that is kept
-    brightness: float = 0.3
-    contrast: float = 0.3
-    saturation: float = 0.3
-    hue: float = 0.0  # costs as much as all the rest together
+    rotation: Annotated[NotNegative, Field(le=180)] = 10.0  # degrees, to both sides
+    flip: Share = 0.5  # probability, left to right
+    crop: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (
+        0.6,
+        1.0,
+    )  # share of the area that is kept
+    brightness: NotNegative = 0.3
+    contrast: NotNegative = 0.3
+    saturation: NotNegative = 0.3
+    hue: Annotated[NotNegative, Field(le=0.5)] = 0.0  # costs as much as all the rest together
     # A still image becomes a clip by a slow camera: at most this share of the side, these degrees
     # and this zoom from one frame to the next.
-    drift: float = 0.02
-    drift_rotation: float = 1.5
-    drift_zoom: float = 0.02
+    drift: Share = 0.02
+    drift_rotation: NotNegative = 1.5
+    drift_zoom: Share = 0.02
     # Keep the frame's aspect ratio, and warp each frame once; see `camera.py`.
     keep_aspect: bool = False
-    object_motion: float = 0.5  # share of stills whose object moves on its own (keep_aspect)
+    object_motion: Share = 0.5  # share of stills whose object moves on its own (keep_aspect)
 
     def for_clips(self, size: tuple[int, int]) -> v2.Transform:
         """The transform to clips of `size` (height, width)."""

@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 
 from ..data.records import Record, Records
 from ..errors import InputError
-from ..files import inside, whole_folder, write_png
+from ..files import inside, read_json, whole_folder, write_png
 from .erasing import erase, erase_disputed, read_erase_list
 from .maps import BUILT_IN, SKIP, MissingMap, binary_label, check_sources, maps_of
 
@@ -216,10 +216,10 @@ def with_coarse_labels(records: Records, folder: str | Path) -> Records:
         InputError: no manifest in the folder, or one that names none of the frames.
     """
     file = Path(folder) / MANIFEST
+    manifest = read_json(file, "manifest of `vsod label coarse`")
     try:
-        manifest = json.loads(file.read_text())
         labelled, skipped = set(manifest["frames"]), set(manifest["skipped"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise InputError(f"{file}: no manifest of `vsod label coarse`") from None
     done, used = [], 0
     for record in records:

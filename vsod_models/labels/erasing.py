@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 
 from ..errors import InputError
+from ..files import read_json
 from .maps import binary_label
 
 
@@ -23,12 +23,7 @@ def read_erase_list(file: Path) -> dict[str, list[dict[str, Any]]]:
     Returns:
         frame -> its entries.
     """
-    try:
-        entries = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such erase list") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
+    entries = read_json(file, "erase list")
     found: dict[str, list[dict[str, Any]]] = {}
     for n, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         keys = set(entry) if isinstance(entry, dict) else set()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..limits import NotNegative
+
 POSITIVE_WEIGHTS = ("paper", "balanced", "none")
 
 
@@ -16,7 +18,7 @@ class LossOptions:
     """What a recipe may say of the losses."""
 
     positive_weight: str = "paper"  # of MSSA: one of POSITIVE_WEIGHTS
-    beta: float = 0.1  # of MSST: weight of the loss of O^T
+    beta: NotNegative = 0.1  # of MSST: weight of the loss of O^T
 
 
 def weighted_bce(logits: Tensor, mask: Tensor, positive_weight: str = "paper") -> Tensor:

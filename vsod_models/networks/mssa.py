@@ -16,16 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
 from vsod_ops import ShuntedAttention
 
 from ..errors import InputError
+from ..limits import BackboneOptions, Backend, Channels, Frames, Heads, Reductions, Size, Strides
 from .backbones import Backbone
 from .contract import Loss, Trainable
 from .losses import LossOptions, mssa_loss
@@ -62,20 +64,20 @@ class MSSA(Trainable):
     def __init__(
         self,
         backbone: str = "vgg16_bn",
-        backbone_options: Mapping[str, Any] | None = None,
-        levels: Sequence[int] = (8, 16),
-        skips: Sequence[int] = (2, 4),
-        reductions: Sequence[int] = (1, 2),
-        heads: Sequence[int] = (4, 8),
-        dim: int = 256,
-        depth: int = 4,
-        feed_forward: int = 782,
+        backbone_options: BackboneOptions | None = None,
+        levels: Strides = (8, 16),
+        skips: Strides = (2, 4),
+        reductions: Reductions = (1, 2),
+        heads: Heads = (4, 8),
+        dim: Channels = 256,
+        depth: Annotated[int, Field(ge=1, le=256)] = 4,
+        feed_forward: Channels = 782,
         position: str | None = None,
-        decoder_dim: int = 128,
-        clip_length: int = 5,
-        image_size: Sequence[int] = (224, 224),
+        decoder_dim: Annotated[Channels, Field(multiple_of=8)] = 128,
+        clip_length: Frames = 5,
+        image_size: Size = (224, 224),
         keep_aspect: bool = False,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ):
         super().__init__()
         if len(heads) != len(levels):
@@ -85,7 +87,7 @@ class MSSA(Trainable):
             raise InputError(f"skips {tuple(skips)} and levels {tuple(levels)} must ascend")
         self.clip_length = clip_length
         self.image_size = (int(image_size[0]), int(image_size[1]))
-        self.backbone = Backbone(backbone, strides, **(backbone_options or {}))
+        self.backbone = Backbone(backbone, strides, **dict[str, Any](backbone_options or {}))
         self.side_multiple = strides[-1] if keep_aspect else None
         skip_channels = self.backbone.channels[: len(skips)]
         level_channels = self.backbone.channels[len(skips) :]
@@ -98,7 +100,7 @@ class MSSA(Trainable):
             for h in heads
         )
         finer = [dim] * (len(levels) - 1) + skip_channels[::-1]  # what each step takes in
-        coarser = [dim] + [decoder_dim] * (len(finer) - 1)
+        coarser = ([dim] + [decoder_dim] * len(finer))[: len(finer)]
         self.decoder = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(c + f, decoder_dim, 3, padding=1, bias=False),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vsod_ops import ConvLSTM
 
 from ..errors import InputError
+from ..limits import Backend, Channels, Frames, Size, Width
 from .backbones import MEAN, STD
 from .contract import Loss, Trainable
 from .fcn import build_fcn
@@ -70,14 +71,14 @@ class MSST(Trainable):
         configuration: str = "full",
         backbone: str = "vgg16",
         output_stride: int | None = None,
-        width: float = 1.0,
+        width: Width = 1.0,
         keep_rgb: bool = True,
-        hidden: int = 32,
+        hidden: Channels = 32,
         full_resolution: bool = False,
-        clip_length: int = 4,
-        image_size: Sequence[int] = (512, 512),
+        clip_length: Frames = 4,
+        image_size: Size = (512, 512),
         prior: str = "flow-magnitude",
-        backend: str | None = None,
+        backend: Backend | None = None,
     ):
         super().__init__()
         if configuration not in CONFIGURATIONS:

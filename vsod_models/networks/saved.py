@@ -12,7 +12,11 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..files import read_json
+from ..limits import check_arguments
+
+MOST_PARAMETERS = 2_000_000_000
 
 M = TypeVar("M", bound="PretrainedModel")
 
@@ -31,6 +35,12 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
 
     terms: str = ""  # what the weights may be used for, where the data that made them limits it
 
+    def __new__(cls, *arguments: Any, **named: Any) -> Any:
+        # Before anything is built, also by `from_pretrained` of a file that somebody wrote.
+        given = inspect.signature(cls.__init__).bind_partial(None, *arguments, **named).arguments
+        check_arguments(cls, dict(list(given.items())[1:]), f"{cls.__name__}: ")
+        return super().__new__(cls, *arguments, **named)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         assert isinstance(self._hub_mixin_config, dict)  # a dataclass only for models that have one
@@ -44,13 +54,11 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
 def load_config(folder: Path) -> dict[str, Any]:
     """What config.json of a saved model says: its arguments, and its class under "model"."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        config["model"]
-    except FileNotFoundError:
-        raise InputError(f"{folder}: no model here (config.json is missing)") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{file}: not the configuration of a vsod model") from None
+    if not file.exists():
+        raise InputError(f"{folder}: no model here (config.json is missing)")
+    config = read_json(file, "configuration of a vsod model")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
+        raise InputError(f"{file}: not the configuration of a vsod model")
     return config
 
 
@@ -66,7 +74,7 @@ def load_folder(folder: Path, cls: type[M]) -> M:
     weights = folder / "model.safetensors"
     try:
         load_state(model, load_file(weights), str(weights))
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{weights}: not readable as weights ({error})") from None
     model.terms = terms
     return model
@@ -77,8 +85,11 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         config, state = checkpoint["config"], checkpoint["state_dict"]
-        if not {"model", "data"} <= set(config):
-            raise KeyError("model, data")  # another program's checkpoint
+        for part in (config["model"], config["data"], state):  # or another program's checkpoint
+            if not isinstance(part, dict):
+                raise TypeError(part)
+        if not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise TypeError(state)
     except FileNotFoundError:
         raise InputError(f"{file}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
@@ -99,10 +110,19 @@ def build_model(cls: type[M], arguments: Mapping[str, Any], source: str) -> M:
                 f"{source}: model.{key} is not an argument of {cls.__name__} "
                 f"({', '.join(k for k in known if k != 'self')})"
             )
+    check_arguments(cls, arguments, f"{source}: model.")
     try:
+        # Without memory first: each value may be within its bounds and the whole without end.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            parameters = sum(p.numel() for p in cls(**arguments).parameters())
+        if parameters > MOST_PARAMETERS:
+            raise InputError(
+                f"{source}: a model of {parameters:,} parameters; at most {MOST_PARAMETERS:,} are "
+                "built"
+            )
         return cls(**arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{source}: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source}: {one_line(error)}") from None
 
 
 def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -117,4 +137,12 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str)
             f"{len(unknown)} unknown, {len(unfit)} of another shape "
             f"(first: {(missing + unknown + unfit)[0]})"
         )
+    check_finite(state, source)
     model.load_state_dict(state)
+
+
+def check_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
+    """InputError for weights that are NaN or infinite: every mask would be, too."""
+    for name, values in state.items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise InputError(f"{source}: weights that are NaN or infinite (in {name})")

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 import torch
+from pydantic import Field
 from skimage.segmentation import felzenszwalb
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..limits import BackboneOptions, Channels, Count, Positive
 from ..networks.backbones import Backbone
 from ..networks.saved import PretrainedModel
 from .flow import flow_image, hash_of, without_camera, working_size
@@ -122,12 +125,12 @@ class MotionPrior(PretrainedModel):
     def __init__(
         self,
         backbone: str | None = "vgg16",
-        backbone_options: dict | None = None,
-        scales: Sequence[float] = (20, 60, 180),
-        least_pixels: int = 30,
-        side: int = 480,
-        region_side: int = 256,
-        hidden: int = 300,
+        backbone_options: BackboneOptions | None = None,
+        scales: Annotated[Sequence[Positive], Field(min_length=1, max_length=16)] = (20, 60, 180),
+        least_pixels: Count = 30,
+        side: Annotated[int, Field(ge=16, le=16_384)] = 480,
+        region_side: Annotated[int, Field(ge=16, le=4096)] = 256,
+        hidden: Channels = 300,
     ):
         super().__init__()
         self.scales, self.least_pixels = tuple(scales), least_pixels
@@ -140,7 +143,9 @@ class MotionPrior(PretrainedModel):
         self.backbone = None
         features = STATISTICS
         if backbone is not None:
-            self.backbone = Backbone(backbone, (16,), **(backbone_options or {})).eval()
+            self.backbone = Backbone(
+                backbone, (16,), **dict[str, Any](backbone_options or {})
+            ).eval()
             self.backbone.requires_grad_(False)
             features += 3 * self.backbone.channels[0]
         self.layers = nn.Sequential(

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 
 from ..data.transforms import Augmentation
 from ..errors import InputError
+from ..limits import (
+    Count,
+    CountOrNone,
+    Frames,
+    NotNegative,
+    Positive,
+    Share,
+    SizeList,
+    check_plain,
+)
 from ..networks.losses import LossOptions
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -24,7 +35,7 @@ class Source:
     dataset: str = "???"
     split: str = "train"
     root: str | None = None  # its folder, where data.roots does not say it
-    share: float = 1.0  # of the samples, relative to the other sources
+    share: Positive = 1.0  # of the samples, relative to the other sources
     labels: str | None = None  # folder of `vsod label coarse`, laid over the ground truth
     options: dict[str, Any] = field(default_factory=dict)  # of the reader
 
@@ -33,9 +44,9 @@ class Source:
 class Shape:
     """Of the batches that alternate: `clips` clips of `clip_length` frames of `size`."""
 
-    size: list[int] = field(default_factory=lambda: [224, 224])  # height, width
-    clip_length: int = 1
-    clips: int = 1  # on each device
+    size: SizeList = field(default_factory=lambda: [224, 224])  # height, width
+    clip_length: Frames = 1
+    clips: Count = 1  # on each device
 
 
 @dataclass
@@ -44,31 +55,34 @@ class DataConfig:
     validation: Source | None = None
     roots: dict[str, str] = field(default_factory=dict)  # dataset -> folder
     # (height, width) of the samples; with several sizes, batches alternate between them
-    sizes: list[list[int]] = field(default_factory=lambda: [[224, 224]])
-    clip_length: int | None = None  # the model's; another one is an error
+    sizes: Annotated[list[SizeList], Field(min_length=1, max_length=64)] = field(
+        default_factory=lambda: [[224, 224]]
+    )
+    clip_length: Frames | None = None  # the model's; another one is an error
     # In place of sizes, clip_length and batch_size: batches of different shapes, in turn.
     shapes: list[Shape] = field(default_factory=list)
     sampling: str = "adjacent"  # or "random": any frames of a sequence, in order
-    max_stride: int = 1  # adjacent frames of a clip are 1 to this far apart
+    max_stride: Count = 1  # adjacent frames of a clip are 1 to this far apart
     augment: bool = True
     augmentation: Augmentation = field(default_factory=Augmentation)
-    label_weights: dict[str, float] = field(default_factory=dict)  # fine, coarse; default 1
+    label_weights: dict[str, NotNegative] = field(default_factory=dict)  # fine, coarse; default 1
     prior: str = "flow-magnitude"  # motion prior of MSST: this, or a folder of `vsod prior train`
     prior_cache: str | None = None  # where priors are kept; default: the user's cache folder
     cache: bool = False  # keep the resized frames in memory, in each worker
-    workers: int = 2
+    workers: Annotated[int, Field(ge=0, le=1024)] = 2
 
 
 @dataclass
 class OptimizerConfig:
-    learning_rate: float = 1e-5
-    backbone_factor: float = 1.0  # learning rate of the backbone, relative
-    halve_every: int = 20_000  # iterations; 0: never
-    decay: int = 0  # the last iterations, in which the rate falls to 0 along a cosine
-    warm_up: int = 0  # iterations of linear warm-up
-    weight_decay: float = 0.0
-    clip_gradient: float = 1.0  # norm; 0: not clipped
-    average: float = 0.0  # decay of the moving average of the weights that is saved; 0: none
+    learning_rate: Positive = 1e-5
+    backbone_factor: NotNegative = 1.0  # learning rate of the backbone, relative
+    halve_every: CountOrNone = 20_000  # iterations; 0: never
+    decay: CountOrNone = 0  # the last iterations, in which the rate falls to 0 along a cosine
+    warm_up: CountOrNone = 0  # iterations of linear warm-up
+    weight_decay: NotNegative = 0.0
+    clip_gradient: NotNegative = 1.0  # norm; 0: not clipped
+    # Decay of the moving average of the weights that is saved; 0: none.
+    average: Annotated[Share, Field(lt=1)] = 0.0
     # Modules, by their names in the model, that stay as they are: no gradients, and batch norm by
     # its stored statistics.
     freeze: list[str] = field(default_factory=list)
@@ -87,18 +101,18 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossOptions = field(default_factory=LossOptions)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    iterations: int = 100_000
-    batch_size: int = 4  # clips, on each device
-    accumulate: int = 1  # batches an iteration
+    iterations: Count = 100_000
+    batch_size: Count = 4  # clips, on each device
+    accumulate: Count = 1  # batches an iteration
     precision: str = "32-true"  # Lightning's names: "bf16-mixed", "16-mixed"
     accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    seed: int = 0
+    devices: Count = 1
+    nodes: Count = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     half: bool = False  # the saved model/ holds its weights in half precision
     terms: str = ""  # what the weights may be used for, written into the saved model
-    checkpoint_every: int = 500  # iterations
-    validate_every: int = 5_000  # iterations; 0: never
+    checkpoint_every: Count = 500  # iterations
+    validate_every: CountOrNone = 5_000  # iterations; 0: never
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -151,9 +165,11 @@ def read_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         except Exception as error:  # OmegaConf's kinds and the YAML parser's
             raise InputError(f"{override}: {_first_line(error)}") from None
     try:
-        return cast(Config, OmegaConf.to_object(config))
+        done = cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise InputError(f"{recipe}: {_first_line(error)}") from None
+    check_plain(Config, plain(done), str(recipe))
+    return done
 
 
 def _recipe_layers(file: Path) -> list[tuple[str, Any]]:

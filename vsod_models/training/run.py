@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import InputError
 from ..files import whole_file
+from ..limits import check_plain
 from ..networks.contract import Trainable
 from ..networks.losses import POSITIVE_WEIGHTS
 from ..networks.saved import PretrainedModel, build_model
@@ -140,7 +141,7 @@ def make_model(config: Config) -> Trainable:
     torch.manual_seed(config.seed)
     arguments = dict(config.model)
     name = str(arguments.pop("name", "mssa"))
-    cls = model_class(name)
+    cls = model_class(name, "recipe")
     if "prior" in inspect.signature(cls).parameters:
         flow = config.data.prior == FLOW_MAGNITUDE
         arguments.setdefault("prior", FLOW_MAGNITUDE if flow else "regions")
@@ -176,6 +177,7 @@ def train(
     Raises:
         InputError: a run folder that is in use, a recipe that cannot be met, data that is missing.
     """
+    check_plain(Config, plain(config), "recipe")
     out = Path(config.out)
     last = out / "last.ckpt"
     start = 0

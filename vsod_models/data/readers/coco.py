@@ -11,7 +11,6 @@ region of the category is left out, since a crowd's outline is not the objects'.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ...files import is_plain
+from ...files import is_plain, read_json
 from ..records import Record, Records
 from .folders import OnProblem, fail, gathered, need_folder, unknown_split
 
@@ -71,8 +70,7 @@ def read_instances(
 ) -> tuple[dict[int, str], dict[int, dict[str, Any]], dict[int, dict[int, list[Any]]]]:
     """(category id -> name, image id -> file, category id -> image id -> segmentations)."""
     try:
-        with open(path, encoding="utf-8") as opened:
-            content = json.load(opened)
+        content = read_json(path, "instances file of COCO")
         categories = {entry["id"]: entry["name"] for entry in content["categories"]}
         files = {entry["id"]: entry for entry in content["images"]}
         found: dict[int, dict[int, list[Any]]] = {}
@@ -86,9 +84,7 @@ def read_instances(
             found.setdefault(key[0], {}).setdefault(key[1], []).append(entry["segmentation"])
             if entry["area"] > min_area:
                 large.add(key)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it has to hold the instances") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: not an instances file of COCO ({error!r})") from None
     for name in categories.values():
         if not isinstance(name, str) or not is_plain(name):
