@@ -261,13 +261,13 @@ def test_missing_maps(tree):
     tmp_path, records = tree
     sources = folders(tmp_path, "good", "speck")
     (tmp_path / "speck" / "b" / "00001.png").unlink()
-    with pytest.raises(InputError, match=r"speck/b/00001.png: no saliency map.*--allow-missing"):
+    with pytest.raises(InputError, match=r"speck/b/00001.png: no saliency map.*allow_missing=True"):
         make_labels(records, tmp_path / "out", sources)
     assert not (tmp_path / "out").exists()
     manifest = make_labels(records, tmp_path / "out", sources, allow_missing=True)
     assert len(manifest["frames"]) == 3 and "map missing" in manifest["skipped"]["b/00001"]
 
-    with pytest.raises(InputError, match=r"speck/b/00001.png: no saliency map.*--allow-missing"):
+    with pytest.raises(InputError, match=r"speck/b/00001.png: no saliency map.*allow_missing=True"):
         fit_weights(records, sources)
     assert fit_weights(records, sources, allow_missing=True) == fit_weights(
         Records("set", "train", list(records)[:3]), sources

@@ -115,7 +115,9 @@ def test_check_command(tmp_path, capsys):
 def test_prepare_keeps_jpeg_frames_and_writes_plain_masks(tmp_path):
     source, target = fbms(tmp_path / "source"), tmp_path / "target"
     before = snapshot(source)
-    with pytest.raises(InputError, match=r"1 sequences, officially 29 \(--partial accepts this\)"):
+    with pytest.raises(
+        InputError, match=r"1 sequences, officially 29 \(partial=True accepts this\)"
+    ):
         prepare.prepare("fbms59", source, target)
     assert not target.exists()
     prepare.prepare("fbms59", source, target, partial=True)

@@ -407,13 +407,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, vsod):
     cut = tmp_path / "cut.webm"
     make_video(cut, frames=60, codec="libvpx-vp9")
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    there = tmp_path / "there.mp4"
+    there.write_bytes(b"")
     before = files(tmp_path)
     out = tmp_path / "out.mp4"
     for arguments, words in [
         ((tmp_path / "gone.mp4", "-o", out), "gone.mp4: no such file"),
         ((path, "-o", path, "--overwrite"), "in.mp4: is an input"),
         ((path, "-o", out, "--as", "sketch"), "--as must be one of mask, overlay"),
-        ((path, "-o", out, "--as", "matte"), "out.mp4: .mp4 has no alpha"),
+        ((path, "-o", out, "--as", "matte"), "out.mp4: .mp4 has no alpha; .* take --as cutout"),
+        ((path, "-o", there), "there.mp4: exists already; .* or --overwrite"),
         ((path, "-o", out, "--device", "cuda:77"), "device cuda:77: "),
         ((path, "-o", out, "--size", "big"), "--size must be WIDTHxHEIGHT"),
         ((path, "-o", out, "--background", "x"), "--background must be a colour"),

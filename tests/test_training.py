@@ -400,7 +400,7 @@ def test_bfloat16_on_a_gpu(recipe, tmp_path):
 def test_a_run_folder_is_not_overwritten(recipe, tmp_path):
     train(read_config(recipe, [f"out={tmp_path}/run", "iterations=2"]))
     before = (tmp_path / "run" / "last.ckpt").read_bytes()
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(InputError, match="resume=True"):
         train(read_config(recipe, [f"out={tmp_path}/run", "iterations=2"]))
     with pytest.raises(InputError, match="another batch_size"):
         train(read_config(recipe, [f"out={tmp_path}/run", "batch_size=1"]), resume=True)

@@ -5,6 +5,7 @@ Imports of torch and the like happen inside the commands, so that `vsod --help` 
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import NoReturn
 
@@ -58,6 +59,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (InputError, OSError) as error:
         if debug:
             raise
-        print(f"vsod: {describe(error)}", file=sys.stderr)
+        print(f"vsod: {in_flags(describe(error))}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def in_flags(message: str) -> str:
+    """A message of the library, which names arguments, as one of the command."""
+    message = re.sub(r"\b(\w+)=True\b", lambda m: "--" + m[1].replace("_", "-"), message)
+    return re.sub(r"\bview='(\w+)'", r"--as \1", message).replace("view must", "--as must", 1)

@@ -56,7 +56,7 @@ def prepare(
         records = dataset.open(source, split, on_problem=fail)
         differences = compare(records, dataset.counts.get(split))
         if differences and not partial:
-            raise InputError(f"{source}: {'; '.join(differences)} (--partial accepts this)")
+            raise InputError(f"{source}: {'; '.join(differences)} (partial=True accepts this)")
         read[RENAMED.get(split, split)] = records
     write(read, target, track)
     return read

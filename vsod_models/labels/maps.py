@@ -118,7 +118,7 @@ class MissingMap(InputError):
     """A folder of maps has none for a frame."""
 
 
-SKIP = "--allow-missing skips such frames"
+SKIP = "allow_missing=True skips such frames"
 
 
 def binary_label(combined: np.ndarray) -> tuple[np.ndarray, float] | None:

@@ -79,7 +79,9 @@ def check_view(view: str | None, output: PathLike) -> str:
     """The view to write; raises InputError for an unknown one and for alpha that cannot be."""
     view = view or default_view(output)
     if view not in VIEWS:
-        raise InputError(f"--as must be one of {', '.join(VIEWS)}, got {view}")
+        raise InputError(f"view must be one of {', '.join(VIEWS)}, got {view}")
     if view == "matte" and Path(output).suffix.lower() == ".mp4":
-        raise InputError(f"{output}: .mp4 has no alpha; write a .mov or .webm, or take --as cutout")
+        raise InputError(
+            f"{output}: .mp4 has no alpha; write a .mov or .webm, or take view='cutout'"
+        )
     return view

@@ -103,7 +103,7 @@ def check_output(output: Path, source: Source, overwrite: bool) -> None:
     if folder and output.exists() and not output.is_dir():
         there = True
     if there and not (overwrite and (not folder or output.is_dir())):
-        raise InputError(f"{output}: exists already; give another name or --overwrite")
+        raise InputError(f"{output}: exists already; give another name or overwrite=True")
     if ending == ".png" and (source.frames or 1) > 1:
         raise InputError(
             f"{output}: holds one picture, {source.name} has {source.frames}; give a folder"

@@ -184,7 +184,7 @@ def train(
     if resume and last.exists():
         start = check_same(config, last)
     elif not resume and last.exists() and "LOCAL_RANK" not in os.environ:
-        raise InputError(f"{out}: holds a run already; --resume goes on with it")
+        raise InputError(f"{out}: holds a run already; resume=True goes on with it")
     if config.loss.positive_weight not in POSITIVE_WEIGHTS:
         raise InputError(
             f"loss.positive_weight must be one of {', '.join(POSITIVE_WEIGHTS)}, "
