@@ -18,8 +18,8 @@ from typing import Any, cast
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as pictures
 
 import vsod_ops
 from vsod_ops import backends
@@ -256,16 +256,14 @@ class VideoPredictor:
             ) from None
 
     def _encode(self, chunk: Sequence[tuple[Frame, np.ndarray | None]]) -> list[_Held]:
-        size = list(self.size)
         small = [
-            pictures.resize(torch.from_numpy(frame.picture).movedim(-1, 0), size, antialias=True)
-            for frame, _ in chunk
+            resized(torch.from_numpy(frame.picture).movedim(-1, 0), self.size) for frame, _ in chunk
         ]
         with self._running():
             inputs = [torch.stack(small)[None].to(self.device).float() / 255]
             if self.model.needs_prior:
                 priors = [
-                    pictures.resize(torch.from_numpy(prior)[None].float(), size, antialias=True)
+                    resized(torch.from_numpy(prior)[None].float(), self.size)
                     for _, prior in chunk
                     if prior is not None
                 ]
@@ -339,6 +337,11 @@ class VideoPredictor:
             refined = vsod_ops.dense_crf(probability, picture, preset=self.crf)
             saliency = refined[0].cpu().numpy()
         return saliency
+
+
+def resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, H, W) -> (C, h, w), bilinear with antialiasing, uint8 or floating point."""
+    return F.interpolate(planes[None], size, mode="bilinear", antialias=True)[0]
 
 
 def fitted(shape: Sequence[int], pixels: int, multiple: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import InputError
 from .progress import frames_progress, progress
+from .start import keep_memory, without_collection
 
 
 def predict(
@@ -53,7 +54,9 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
-    from .. import prediction, zoo
+    keep_memory()
+    with without_collection():
+        from .. import prediction, zoo
     from ..media.reading import open_source
     from ..media.views import check_view
     from ..media.writing import check_output

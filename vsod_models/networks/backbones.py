@@ -9,12 +9,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import vgg
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from ..errors import InputError
+from . import light_torchvision as torchvision
+from .light_torchvision import create_feature_extractor, vgg
 
 # torchvision's ImageNet statistics, RGB in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
