@@ -17,9 +17,9 @@ Image = pytest.importorskip("PIL.Image")
 from clips import decode, make_video, picture, sound_packets, sound_samples, turn  # noqa: E402
 
 from vsod_models.errors import InputError  # noqa: E402
+from vsod_models.files import natural_order  # noqa: E402
 from vsod_models.media.reading import (  # noqa: E402
     ahead,
-    natural_order,
     open_source,
     upright,
 )
@@ -115,6 +115,7 @@ def test_photographs_are_upright(tmp_path, ending):
 
 def test_natural_order():
     names = ["b2.png", "b10.png", "a.png", "b1.png", "1b.png"]
+    assert natural_order({"f1", "f01", "f001"}) == ["f001", "f01", "f1"]  # equal numbers
     ordered = [path.name for path in natural_order(Path(name) for name in names)]
     assert ordered == ["1b.png", "a.png", "b1.png", "b2.png", "b10.png"]
 

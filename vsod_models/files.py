@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and names that stay inside a folder."""
+"""Files: order and kinds of names, names that stay inside a folder, writing whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+
+PICTURE_ENDINGS = (
+    ".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+Name = TypeVar("Name", str, Path)
+
+
+def is_picture(path: Path) -> bool:
+    """By the ending of its name."""
+    return path.suffix.lower() in PICTURE_ENDINGS
+
+
+def natural_order(names: Iterable[Name]) -> list[Name]:
+    """frame2 before frame10."""
+    from natsort import natsorted
+
+    return natsorted(sorted(names), key=str)  # sorted first: frame1 and frame01 are equal to it
 
 
 def is_plain(name: str) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 
 from ..data.records import Record, Records, read_rgb
 from ..errors import InputError
+from ..files import natural_order
 
 if TYPE_CHECKING:
     pass
@@ -128,15 +128,10 @@ class SaliencyEvaluator:
     def result(self) -> Evaluation:
         if not self._scores:
             raise ValueError("no frames were added")
-        annotated = {name: sorted(self._scores[name], key=_natural) for name in self._scores}
+        annotated = {name: natural_order(self._scores[name]) for name in self._scores}
         used, skipped, whole = choose_frames(annotated, self.protocol)
         scores = {name: [self._scores[name][frame] for frame in used[name]] for name in used}
         return summarise(scores, self.protocol, skipped=skipped, kept_whole=whole)
-
-
-def _natural(name: str) -> list[str | int]:
-    """frame2 before frame10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _as_levels(prediction: Any) -> np.ndarray:

@@ -24,10 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 from ..data.records import read_rgb
 from ..errors import InputError
-
-PICTURE_ENDINGS = (
-    ".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
+from ..files import PICTURE_ENDINGS, is_picture, natural_order
 
 PathLike = str | os.PathLike[str]
 T = TypeVar("T")
@@ -100,20 +97,6 @@ def open_source(
             raise InputError(f"{path}: not a picture; several inputs must all be pictures")
     name = str(inputs[0]) if len(inputs) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     return Pictures(paths, name, rate)
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_ENDINGS
-
-
-def natural_order(paths: Iterable[Path]) -> list[Path]:
-    """frame2 before frame10."""
-
-    def key(path: Path) -> list[tuple[int, int, str]]:
-        parts = re.split(r"(\d+)", str(path))
-        return [(0, int(p), p) if p.isdigit() else (1, 0, p) for p in parts]
-
-    return sorted(paths, key=key)
 
 
 class Pictures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import InputError
+from ...files import PICTURE_ENDINGS, natural_order
 from ..records import Picture, Record, Records
-
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 # What a reader does with a problem that leaves the rest readable: raise, or collect (`check`).
 OnProblem = Callable[[str], None]
@@ -30,12 +28,6 @@ def fail(problem: str) -> None:
     raise InputError(problem)
 
 
-def natural(text: str) -> list[tuple[int, str]]:
-    """Sort key under which frame 10 follows frame 9."""
-    pieces = re.split(r"(\d+)", text)
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
-
-
 def need_folder(path: Path, purpose: str) -> Path:
     if not path.is_dir():
         state = "not a folder" if path.exists() else "no such folder"
@@ -46,15 +38,15 @@ def need_folder(path: Path, purpose: str) -> Path:
 def folders(path: Path) -> list[Path]:
     """Folders inside `path`, in natural order, hidden ones left out."""
     inside = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    return sorted(inside, key=lambda p: natural(p.name))
+    return natural_order(inside)
 
 
 def pictures(
-    folder: Path, suffixes: tuple[str, ...] = PICTURES, on_problem: OnProblem = fail
+    folder: Path, suffixes: tuple[str, ...] = PICTURE_ENDINGS, on_problem: OnProblem = fail
 ) -> dict[str, Path]:
     """stem -> picture of `folder`, in natural order; other files and hidden ones are left out."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir(), key=lambda p: natural(p.name)):
+    for path in natural_order(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in suffixes:
             continue
         if path.stem in found:
