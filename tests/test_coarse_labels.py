@@ -16,7 +16,9 @@ from checks import full_disk
 
 from vsod_models.data.records import Record, Records
 from vsod_models.errors import InputError
+from vsod_models.labels.carrying import carried, moved
 from vsod_models.labels.coarse import fit_weights, make_labels, with_coarse_labels
+from vsod_models.labels.erasing import correct
 from vsod_models.labels.maps import (
     BUILT_IN,
     binary_label,
@@ -220,6 +222,102 @@ def test_a_person_erases(tree):
     assert not (tmp_path / "out" / "b" / "00000.png").exists()
 
 
+def test_every_kind_of_entry(tree):
+    tmp_path, records = tree
+    entries = [
+        {"frame": "a/00000", "polygon": [[0, 0], [20, 0], [20, 15], [0, 15]], "step": 1},
+        {"frame": "a/00000", "brush": [[70, 10], [70, 50]], "radius": 3, "add": True},
+        {"frame": "a/00000", "point": [7, 6], "add": True},  # brings the speck back
+        {"frame": "a/00000", "box": [60, 0, 80, 30]},
+        {"frame": "a/00001", "mark": "all right"},
+        {"frame": "b/00000", "mark": "skip"},
+        {"frame": "b/00001", "mark": "skip"},
+        {"frame": "b/00001", "mark": "open"},
+        {"frame": "b/00001", "point": [7, 6], "carried": "b/00000", "step": 2},
+    ]
+    file = tmp_path / "erase.json"
+    file.write_text(json.dumps(entries))
+    sources = folders(tmp_path, "speck")
+    manifest = make_labels(records, tmp_path / "out", sources, erase_list=file)
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    stroke = (np.abs(x - 70) <= 3) & (y >= 10) & (y <= 50)
+    for end in (10, 50):
+        stroke |= (x - 70) ** 2 + (y - end) ** 2 <= 9
+    stroke[:30, 60:] = False
+    assert np.array_equal(label_of(tmp_path / "out", "a/00000"), OBJECT | SPECK | stroke)
+    said = manifest["frames"]["a/00000"]["erased"]
+    assert [e["pixels"] for e in said[:3:2]] == [36, 36] and "step" not in said[0]
+    assert manifest["frames"]["a/00001"]["erased"] == []
+    assert manifest["skipped"] == {"b/00000": "skipped by a person"}
+    assert np.array_equal(label_of(tmp_path / "out", "b/00001"), OBJECT)
+    only = make_labels(records, tmp_path / "only", sources, erase_list=file, only_looked_over=True)
+    assert set(only["frames"]) == {"a/00000", "a/00001"}
+    file.write_text("[]")
+    with pytest.raises(InputError, match="no frame was looked over"):
+        make_labels(records, tmp_path / "x", sources, erase_list=file, only_looked_over=True)
+    with pytest.raises(InputError, match="needs an erase list"):
+        make_labels(records, tmp_path / "x", sources, only_looked_over=True)
+
+
+def test_a_label_drawn_where_the_maps_say_nothing(tree):
+    tmp_path, records = tree
+    save(tmp_path / "good" / "a" / "00000.png", np.zeros(SIZE, np.uint8))
+    file = tmp_path / "erase.json"
+    file.write_text('[{"frame": "a/00000", "box": [30, 20, 60, 44], "add": true}]')
+    good = folders(tmp_path, "good")
+    manifest = make_labels(records, tmp_path / "out", good, erase_list=file)
+    assert np.array_equal(label_of(tmp_path / "out", "a/00000"), OBJECT)
+    assert manifest["frames"]["a/00000"]["threshold"] is None
+    file.write_text('[{"frame": "a/00000", "box": [30, 20, 60, 44]}]')
+    with pytest.raises(InputError, match="has no label to erase from"):
+        make_labels(records, tmp_path / "other", good, erase_list=file)
+
+
+def test_brushes_and_polygons_that_leave_the_frame():
+    base = np.ones((20, 30), bool)
+    for place in (
+        {"brush": [[-50, 10], [5, 10]], "radius": 4},
+        {"brush": [[29, -100], [29, 300]], "radius": 1000},
+        {"polygon": [[-9, -9], [100_000, -9], [-9, 5]]},
+    ):
+        label = base.copy()
+        assert correct(label, base, {"frame": "a/b", **place}) == (~label).sum() > 0
+    with pytest.raises(InputError, match="no region to erase at brush of 1 points"):
+        correct(base.copy(), base, {"frame": "a/b", "brush": [[-500, 3]], "radius": 3})
+    with pytest.raises(InputError, match="nothing to add at box"):
+        correct(base.copy(), base, {"frame": "a/b", "box": [0, 0, 3, 3], "add": True})
+
+
+def test_what_moves_is_carried_on():
+    noise = np.random.default_rng(0).integers(0, 255, (90, 130, 3)).astype(np.uint8)
+    ground = cv2.GaussianBlur(noise, (0, 0), 2)
+    frames, labels = [], []
+    for t in range(2):
+        frame, label = ground.copy(), np.zeros((90, 130), bool)
+        place = np.s_[30:60, 20 + 5 * t : 50 + 5 * t]
+        frame[place] = noise[30:60, 20:50]
+        label[place] = True
+        label[10:20, 100:110] = True  # stays, and was not erased
+        frames.append(frame)
+        labels.append(label)
+    erased = labels[0].copy()
+    erased[:, 90:] = False
+    where = moved(erased, *frames)
+    (entry,) = carried(where, labels[1], "a/1", "a/0")
+    assert entry["frame"] == "a/1" and entry["carried"] == "a/0"
+    after = labels[1].copy()
+    assert correct(after, labels[1], entry) == 900 and after.sum() == 100
+    labels[1][40:50, 50:128] = True  # it has grown together with something larger
+    labels[1][20:88, 90:128] = True
+    entries = carried(where, labels[1], "a/1", "a/0")
+    assert {"polygon"} == {key for e in entries for key in e} - {"frame", "carried"}
+    after = labels[1].copy()
+    for entry in entries:
+        correct(after, labels[1], entry)
+    assert after[32:58, 28:50].mean() < 0.05 and after[20:88, 90:128].all()
+    assert carried(np.zeros((90, 130), bool), labels[1], "a/1", "a/0") == []
+
+
 def test_disputed_regions_are_erased_and_marked(tree):
     tmp_path, records = tree
     sources = folders(tmp_path, "good", "speck", "good")
@@ -242,6 +340,14 @@ def test_disputed_regions_are_erased_and_marked(tree):
         ('[{"frame": "a/00000"}]', "entry 0 has to be"),
         ('[{"frame": "a/00000", "point": [1.5, 2]}]', "entry 0 has to be"),
         ('[{"frame": "a/00000", "point": [1, 2], "box": [0, 0, 1, 1]}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "polygon": [[1, 2], [3, 4]]}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "polygon": [[1, 2], [3, 4], [5]]}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "brush": [[1, 2]]}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "brush": [[1, 2]], "radius": 100000}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "point": [1, 2], "add": 1}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "mark": "good"}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "mark": "skip", "point": [1, 2]}]', "entry 0 has to be"),
+        ('[{"frame": "a/00000", "point": [1, 2], "step": "x"}]', "entry 0 has to be"),
         ("[3]", "entry 0 has to be"),
         ("{not json", "not JSON"),
         (None, "no such erase list"),
@@ -343,7 +449,7 @@ def test_records_with_coarse_labels(tree):
     assert [r.label for r in mixed] == ["coarse", "coarse", "fine", "fine"]
     assert iou(mixed[0].read_mask().astype(bool), OBJECT) > 0.9
     assert mixed[1].mask is None and mixed[2].mask == records[2].mask
-    with pytest.raises(InputError, match="no manifest"):
+    with pytest.raises(InputError, match="no such manifest"):
         with_coarse_labels(records, tmp_path / "good")
     other = Records("set", "val", records.sequences["b"])
     with pytest.raises(InputError, match="no label for any frame of set val"):

@@ -39,8 +39,12 @@ def coarse(
         ),
     ] = False,
     erase: Annotated[
-        Path | None, typer.Option(help="JSON list of regions that a person found wrong.")
+        Path | None,
+        typer.Option(help="What a person found wrong: a JSON list, as of `vsod serve --labels`."),
     ] = None,
+    only_looked_over: Annotated[
+        bool, typer.Option("--only-looked-over", help="Label only what --erase marks or corrects.")
+    ] = False,
     auto_erase: Annotated[
         bool, typer.Option("--auto-erase", help="Erase regions that too few of the maps find.")
     ] = False,
@@ -80,7 +84,8 @@ def coarse(
     with progress("Coarse labels", len(wanted)) as step:
         manifest = make_labels(
             wanted, out, sources, given, unlabelled=unlabelled, erase_list=erase,
-            auto_erase=auto_erase, agree=agree, allow_missing=allow_missing, on_frame=step,
+            only_looked_over=only_looked_over, auto_erase=auto_erase, agree=agree,
+            allow_missing=allow_missing, on_frame=step,
         )  # fmt: skip
     parts = [f"{w:.2f} {s}" for w, s in zip(manifest["weights"], sources, strict=True)]
     print(

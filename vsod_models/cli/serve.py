@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
+from ..files import read_json
 from .predict import predict
+
+if TYPE_CHECKING:
+    from ..serve.correct import Labels
 
 DEFAULT_MODEL = inspect.signature(predict).parameters["model"].default
 
@@ -28,11 +33,21 @@ def serve(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_mb: Annotated[float, typer.Option(help="Largest upload.")] = 500.0,
+    labels: Annotated[
+        Path | None, typer.Option(help="Folder of `vsod label coarse` to correct by hand.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset of --labels.")] = None,
+    dataset: Annotated[str, typer.Option(help="Its name; default: what --labels says.")] = "",
+    split: Annotated[str, typer.Option(help="Its split; default: what --labels says.")] = "",
+    erase: Annotated[
+        Path | None,
+        typer.Option(help="List that what is wrong goes into; default: LABELS.erase.json."),
+    ] = None,
     open_browser: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
     ] = True,
 ) -> None:
-    """A page to try models on a video or a picture, on this machine."""
+    """A page to try models on a video or a picture, and to correct coarse labels by hand."""
     try:
         from ..serve import server
     except ImportError as error:
@@ -45,7 +60,29 @@ def serve(
     for name in model or []:
         if not Path(name).exists() and not (shipped / name).is_dir():
             raise InputError(f"--model {name}: neither a folder or checkpoint nor a shipped model")
+    read = None
+    if labels is not None:
+        if not (labels / "manifest.json").is_file():
+            raise InputError(f"--labels {labels}: no folder of `vsod label coarse`")
+        listed = erase or labels.resolve().with_name(f"{labels.resolve().name}.erase.json")
+        read = functools.partial(_labels, labels, data, dataset, split, listed)
+    elif data or dataset or split or erase:
+        raise InputError("--data, --dataset, --split and --erase go with --labels")
     settings = server.Settings(
-        models, host, port, token, max_mb, device, ready=lambda a: print(f"vsod: {a}", flush=True)
-    )
+        models, host, port, token, max_mb, device, read,
+        ready=lambda address: print(f"vsod: {address}", flush=True),
+    )  # fmt: skip
     server.serve(settings, open_browser=open_browser)
+
+
+def _labels(labels: Path, data: Path | None, dataset: str, split: str, erase: Path) -> Labels:
+    from ..data import open_dataset
+    from ..serve.correct import Labels
+
+    file = labels / "manifest.json"
+    manifest = read_json(file, "manifest of `vsod label coarse`")
+    try:
+        dataset, split = dataset or manifest["dataset"], split or manifest["split"]
+    except (KeyError, TypeError):
+        raise InputError(f"{file}: no manifest of `vsod label coarse`") from None
+    return Labels(labels, open_dataset(dataset, data, split), erase)

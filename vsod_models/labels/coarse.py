@@ -1,8 +1,8 @@
 """Coarse labels of MSST-ConvLSTM: masks for frames that nobody drew any for.
 
     several saliency maps of a frame -> weighted sum -> Otsu's threshold -> binary label
-      -> a person erases regions that are wrong (a list of points and boxes); or, weaker, regions
-         that too few of the maps agree on are erased automatically
+      -> a person erases regions that are wrong (a list, see `read_erase_list`); or, weaker,
+         regions that too few of the maps agree on are erased automatically
 
 Maps are folders of any methods' results, or the three built in that need no training.
 """
@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 from ..data.records import Record, Records
 from ..errors import InputError
 from ..files import inside, read_json, whole_folder, write_png
-from .erasing import erase, erase_disputed, read_erase_list
+from .erasing import correct, erase_disputed, looked_over, mark_of, read_erase_list
 from .maps import BUILT_IN, SKIP, MissingMap, binary_label, check_sources, maps_of
 
 MANIFEST = "manifest.json"
@@ -87,6 +87,7 @@ def make_labels(
     *,
     unlabelled: bool = False,
     erase_list: str | Path | None = None,
+    only_looked_over: bool = False,
     auto_erase: bool = False,
     agree: int | None = None,
     allow_missing: bool = False,
@@ -104,6 +105,7 @@ def make_labels(
         weights: one for each source, none negative; None: all the same.
         unlabelled: only frames without ground truth.
         erase_list: JSON file, see `read_erase_list`.
+        only_looked_over: label only frames that it marks or corrects.
         auto_erase: erase regions that fewer than `agree` maps find salient; None: at most half.
         allow_missing: a frame without one of its maps is skipped.
         on_frame: called after each frame.
@@ -134,6 +136,12 @@ def make_labels(
         raise InputError(
             f"{erase_list}: no frame {unknown[0]} to label here ({len(unknown)} such entries)"
         )
+    if only_looked_over:
+        if erase_list is None:
+            raise InputError("only_looked_over needs an erase list, which says what was")
+        wanted = {name for name in wanted if looked_over(to_erase.get(name, []))}
+        if not wanted:
+            raise InputError(f"{erase_list}: no frame was looked over")
     if unlabelled and not wanted:
         raise InputError(f"{records.dataset} {records.split}: every frame has ground truth")
 
@@ -144,30 +152,42 @@ def make_labels(
             if name not in wanted:
                 on_frame()
                 continue
+            entries = to_erase.get(name, [])
+            if mark_of(entries) == "skip":
+                skipped[name] = "skipped by a person"
+                on_frame()
+                continue
             try:
                 maps = maps_of(frames, i, sources)
             except MissingMap as error:
                 if not allow_missing:
                     raise InputError(f"{error} ({SKIP})") from None
+                if any("mark" not in entry for entry in entries):
+                    raise InputError(f"{erase_list}: frame {name} has no label: {error}") from None
                 skipped[name] = f"map missing: {error}"
                 on_frame()
                 continue
             found = binary_label(np.tensordot(share, maps, 1))
-            if found is None:
-                if name in to_erase:
+            base: np.ndarray = np.zeros(maps.shape[1:], bool)
+            threshold: float | None = None
+            if found is not None:
+                base, threshold = found
+            elif not any("add" in entry for entry in entries):
+                if any("mark" not in entry for entry in entries):
                     raise InputError(f"{erase_list}: frame {name} has no label to erase from")
                 skipped[name] = "the maps are the same everywhere"
                 on_frame()
                 continue
-            label, threshold = found
+            label = base.copy()
             erased: list[dict[str, Any]] = []
-            for entry in to_erase.get(name, []):
-                place = {k: v for k, v in entry.items() if k != "frame"}
+            for entry in entries:
                 try:
-                    pixels = erase(label, entry)
+                    pixels = correct(label, base, entry)
                 except InputError as error:
                     raise InputError(f"{erase_list}: {error}") from None
-                erased.append({"by": "person", **place, "pixels": pixels})
+                if "mark" not in entry:
+                    place = {k: v for k, v in entry.items() if k not in ("frame", "step")}
+                    erased.append({"by": "person", **place, "pixels": pixels})
             if auto_erase:
                 erased += erase_disputed(label, maps, agree)
             if label.any():

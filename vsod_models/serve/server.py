@@ -13,7 +13,7 @@ import webbrowser
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -23,8 +23,12 @@ from starlette.concurrency import run_in_threadpool
 
 from ..errors import InputError, describe
 from .clips import Clips
+from .correct_api import correct_routes
 from .guard import Guard, is_loopback
 from .jobs import FORMATS, VIEWS, Job, Jobs, jpeg
+
+if TYPE_CHECKING:
+    from .correct import Labels
 
 STATIC = Path(__file__).parent / "static"
 CRF = ("dss", "deeplab")
@@ -38,6 +42,7 @@ class Settings:
     models: names, folders or checkpoints to choose from, the default one first.
     token: needed where `host` is not of this machine alone.
     max_mb: of an upload.
+    labels: reads the labels to correct; called once, when the page is there.
     """
 
     models: list[str]
@@ -46,6 +51,7 @@ class Settings:
     token: str | None = None
     max_mb: float = 500.0
     device: str = "auto"
+    labels: Callable[[], Labels] | None = None
     ready: Callable[[str], object] = field(default=lambda address: None)
 
     def __post_init__(self) -> None:
@@ -103,6 +109,7 @@ def create_app(settings: Settings) -> FastAPI:
             "crf": CRF,
             "formats": FORMATS,
             "max_mb": settings.max_mb,
+            "labels": settings.labels is not None,
         }
 
     @app.post("/api/clips")
@@ -190,8 +197,25 @@ def create_app(settings: Settings) -> FastAPI:
             return FileResponse(job.file)
         return FileResponse(job.file, filename=job.name)
 
+    if settings.labels is not None:
+        app.state.labels = Once(settings.labels)
+        app.include_router(correct_routes(app.state.labels, _json))
     app.mount("/", StaticFiles(directory=STATIC, html=True))
     return app
+
+
+class Once:
+    """What a function gives, called once, by whoever comes first; the others wait."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make, self.lock = make, threading.Lock()
+        self.made: list[Any] = []
+
+    def __call__(self) -> Any:
+        with self.lock:
+            if not self.made:
+                self.made.append(self.make())
+            return self.made[0]
 
 
 async def _json(request: Request) -> dict[str, Any]:
@@ -207,7 +231,7 @@ async def _json(request: Request) -> dict[str, Any]:
 def serve(settings: Settings, *, open_browser: bool = True) -> None:
     """Runs until Ctrl-C or SIGTERM; what was uploaded is gone then.
 
-    Raises InputError where the address cannot be had.
+    Raises InputError where the address cannot be had, or the labels cannot be read.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -233,13 +257,25 @@ def serve(settings: Settings, *, open_browser: bool = True) -> None:
         settings.ready(address)
         if open_browser and _has_screen():
             webbrowser.open(address)
+        if settings.labels is None:
+            warm()
+            return
+        try:
+            app.state.labels()
+        except (InputError, OSError) as error:
+            failed.append(error)
+            server.should_exit = True
+            return
         warm()
 
+    failed: list[Exception] = []
     timer = threading.Timer(0.3, started)
     timer.daemon = True
     timer.start()
     with listening:
         server.run(sockets=[listening])
+    if failed:
+        raise failed[0]
 
 
 def _has_screen() -> bool:
