@@ -2,7 +2,8 @@
 
 A section between `<!-- results:NAME:begin -->` and `<!-- results:NAME:end -->` takes every
 results/MACHINE/NAME.json: its `markdown(document)`, the plots beside it, and links, also to further
-runs of that benchmark there (NAME-*.json).
+runs of that benchmark there (NAME-*.json).  The section `summary` takes five rows for each machine
+that has the results for them.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import BadInput, measure
+from . import BadInput, measure, summary
 
 _SECTION = re.compile(r"(<!-- results:(\w+):begin -->\n).*?(<!-- results:\2:end -->)", re.DOTALL)
 
@@ -51,6 +52,8 @@ def _rewrite(page: Path, results: Path, documents: Mapping[Path, dict]) -> str:
 
     def section(match: re.Match) -> str:
         begin, name, end = match.groups()
+        if name == "summary":
+            return f"{begin}\n{_summary(results, documents)}\n\n{end}"
         found = {path: doc for path, doc in documents.items() if doc["benchmark"] == name}
         if not found:
             raise BadInput(f"{results} has no results of {name}")
@@ -58,6 +61,18 @@ def _rewrite(page: Path, results: Path, documents: Mapping[Path, dict]) -> str:
         return f"{begin}\n" + "\n\n".join(parts) + f"\n\n{end}"
 
     return _SECTION.sub(section, text)
+
+
+def _summary(results: Path, documents: Mapping[Path, dict]) -> str:
+    parts = []
+    for machine in dict.fromkeys(path.parent for path in documents):
+        there = {name: documents.get(machine / f"{name}.json") for name in summary.NEEDED}
+        known = {name: document for name, document in there.items() if document}
+        if len(known) == len(there):
+            parts += [known["attention"]["machine"]["line"] + ":", summary.markdown(known)]
+    if not parts:
+        raise BadInput(f"{results} has no machine with results of {', '.join(summary.NEEDED)}")
+    return "\n\n".join(parts)
 
 
 def _part(path: Path, document: dict, base: Path) -> str:

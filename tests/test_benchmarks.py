@@ -272,6 +272,26 @@ def test_report_rewrites_its_section_alone_and_twice_the_same(tmp_path, capsys):
     assert readme.read_text() == text
 
 
+def test_summary_takes_machines_that_have_all_of_it(tmp_path, capsys):
+    results = measure.ROOT / "benchmarks" / "results"
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results:summary:begin -->\n<!-- results:summary:end -->\n")
+    assert main(["report", "--pages", str(readme), "--results", str(results)]) == 0
+    table = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
+    assert len(table) % 7 == 0 and all(line.count("|") == 7 for line in table)
+    attention = json.loads(next(results.glob("*/attention.json")).read_text())
+    row = next(
+        row for case in attention["cases"] for row in case["rows"]
+        if case["label"] == "5x28x28 = 3,920, 4 x 128, float32"
+        and (row["rival"], row["direction"]) == ("ours", "forward + backward")
+    )  # fmt: skip
+    assert f"| {measure.seconds_text(row['median_s'])} |" in table[2]
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "attention.json").write_text(json.dumps(attention))
+    assert main(["report", "--pages", str(readme), "--results", str(tmp_path)]) == 2
+    assert "no machine with results of attention, conv_lstm" in capsys.readouterr().err
+
+
 def test_report_without_results_or_section(tmp_path, capsys):
     readme = tmp_path / "README.md"
     arguments = ["report", "--pages", str(readme), "--results", str(tmp_path)]

@@ -1,0 +1,70 @@
+"""The pages that people read: their links lead somewhere, and README's lines run as they stand."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def command(name):
+    """The lines between the mark of a command in the README and the end of its block."""
+    return re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", README.read_text(), re.S)[1]
+
+
+def test_the_front_page_is_short():
+    assert len(README.read_text().splitlines()) <= 110
+
+
+def test_each_command_sets_itself_up():
+    for name in ("example", "tests", "benchmark"):
+        (line,) = command(name).splitlines()
+        assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[")
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    pytest.importorskip("av", reason="the extra `models` is not installed")
+    from clips import decode, sound_samples
+
+    from vsod_models import cli
+
+    monkeypatch.chdir(tmp_path)
+    steps = [shlex.split(step) for step in command("example").split("&&")]
+    commands = [arguments for program, *arguments in steps if program == ".venv/bin/vsod"]
+    assert [arguments[0] for arguments in commands] == ["example", "predict"]
+    for arguments in commands:
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        assert done.value.code == 0
+    made, tinted = (Path(name) for name in (commands[0][1], commands[1][-1]))
+    assert len(decode(made)[0]) == len(decode(tinted)[0]) == 75
+    assert abs(sound_samples(tinted)).max() > 0.01
+
+
+def test_the_operators_run():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["out"].shape == (1, 4, 16, 64, 64)
+    assert names["refined"].shape == names["prob"].shape
