@@ -43,6 +43,13 @@ def test_each_command_sets_itself_up():
         assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[")
 
 
+def test_commits_are_linted_as_in_ci():
+    """By the same programs, in the same versions."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    in_ci = set(re.findall(r"'([\w-]+~=[\d.]+)'", (ROOT / ".ci" / "run").read_text()))
+    assert set(re.findall(r'"([\w-]+~=[\d.]+)"', hooks)) == in_ci
+
+
 def test_the_example_runs(tmp_path, monkeypatch):
     pytest.importorskip("av", reason="the extra `models` is not installed")
     from clips import decode, sound_samples
