@@ -462,7 +462,7 @@ def test_coco_that_is_broken(tmp_path):
     with pytest.raises(InputError, match=r"train2017\.json: not JSON, and so no instances file"):
         open_dataset("coco", root, "train")
     (root / "annotations/instances_train2017.json").unlink()
-    with pytest.raises(InputError, match=r"train2017\.json: no such file"):
+    with pytest.raises(InputError, match=r"train2017\.json: no such instances file"):
         open_dataset("coco", root, "train")
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import vsod_ops
 from vsod_ops import backends
@@ -31,6 +31,7 @@ from .files import inside
 from .media.reading import Frame, PathLike, Source, ahead, open_source
 from .media.views import VIEWS, check_view
 from .media.writing import open_writer
+from .networks.contract import SaliencyModel
 from .networks.inference import for_inference
 
 
@@ -76,10 +77,7 @@ class VideoPredictor:
     the clip_length - 1 frames before it; the first frame stands in for those before the start.
 
     Args:
-        model: has `clip_length`, `image_size` (height, width), `outputs` ("all" or "last"),
-            `needs_prior`, and
-            `encode(frames (B, T, 3, h, w)[, prior (B, T, 1, h, w)]) -> [(B, T, C, h', w'), ...]`
-            and `decode(maps, (h, w)) -> (B, T, 1, h, w)`, or (B, 1, h, w) for "last", logits.
+        model: see :class:`vsod_models.networks.contract.SaliencyModel`.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         size: (height, width) that frames are resized to for the model; None: its `image_size`,
             or as many pixels in the frames' own aspect ratio if it has a `side_multiple`; frames
@@ -100,7 +98,7 @@ class VideoPredictor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SaliencyModel,
         device: str | torch.device = "auto",
         size: tuple[int, int] | None = None,
         *,
@@ -113,10 +111,9 @@ class VideoPredictor:
     ):
         self.device = choose_device(device)
         self.name = name or type(model).__name__
-        described = cast(Any, model)
-        self.length = int(described.clip_length)
-        self.multiple = getattr(described, "side_multiple", None) if size is None else None
-        height, width = size or described.image_size
+        self.length = int(model.clip_length)
+        self.multiple = getattr(model, "side_multiple", None) if size is None else None
+        height, width = size or model.image_size
         self.size = (int(height), int(width))
         if min(self.size) < 1:
             raise InputError(f"size must be at least 1x1, got {width}x{height}")
@@ -127,7 +124,7 @@ class VideoPredictor:
                 f"overlap must be 0 to {self.length - 1} for windows of {self.length} frames, "
                 f"got {overlap}"
             )
-        self.stride = 1 if described.outputs == "last" else self.length - overlap
+        self.stride = 1 if model.outputs == "last" else self.length - overlap
         if batch is None:
             batch = 1 if self.device.type == "cpu" else 4
         self.batch = batch
@@ -143,12 +140,12 @@ class VideoPredictor:
         if precision not in dtypes:
             raise InputError(f"precision must be one of auto, {', '.join(dtypes)}, got {precision}")
         self.dtype = dtypes[precision]
-        if described.needs_prior and prior is None:
+        if model.needs_prior and prior is None:
             raise InputError(f"model {self.name} needs a motion prior: pass prior=")
         if crf is not None and crf not in PRESETS:
             raise InputError(f"crf must be one of {', '.join(PRESETS)}, got {crf}")
         self.crf, self.prior = crf, prior
-        self.model = cast(Any, for_inference(model, self.dtype).to(self.device))
+        self.model = for_inference(model, self.dtype).to(self.device)
 
     def describe(self) -> str:
         """One line: device, model, and which backend runs each of our operators."""
