@@ -140,7 +140,7 @@ def eager_conv_lstm(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilati
 
 
 def lstm_results(function, inputs, grads):
-    """name -> tensor: out, c_T and the gradient of each input that there is, under `grads`."""
+    """name -> tensor: out, c_T and the gradient of each input that is not None, under `grads`."""
     leaves = {k: None if x is None else x.detach().requires_grad_() for k, x in inputs.items()}
     out, c_last = function(**leaves)
     given = {f"d{name}": x for name, x in leaves.items() if x is not None}

@@ -409,7 +409,7 @@ def test_without_a_compiled_backend_large_images_are_refused(monkeypatch):
 def test_opcheck(backend, classes, dtype):
     prob, image = scene(2, 6, 7, classes=classes)
     permuted = prob.to(dtype).mT.contiguous().mT
-    # With requires_grad the check would ask for the gradient that there is none of.
+    # With requires_grad the check would ask for a gradient, and dense_crf has none.
     torch.library.opcheck(OP, (permuted, image, 2, *NUMBERS, backend))
 
 
