@@ -482,8 +482,8 @@ def test_command(tree, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b", "manifest.json"]
     for extra, message in (
         (["--sequences", "c"], "has no sequence 'c'"),
-        (["--weights", "1;2"], "is not numbers"),
-        (["--weights", "1,2", "--fit"], "exclude one another"),
+        (["--weights", "1;2"], "is not a list of numbers"),
+        (["--weights", "1,2", "--fit"], "mutually exclusive"),
         (["--maps", "nowhere"], "neither a folder nor one of"),
     ):
         assert vsod(*command, "-o", tmp_path / "other", *extra) == 2

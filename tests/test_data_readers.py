@@ -82,7 +82,7 @@ def test_a_dataset_needs_a_folder(tmp_path):
         open_dataset("davis16", tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match="no option 'colour'"):
         open_dataset("davis16", davis(tmp_path), "train", colour=1)
-    with pytest.raises(InputError, match="synthetic clips lie in no folder"):
+    with pytest.raises(InputError, match="synthetic clips are not in a folder"):
         open_dataset("synthetic", tmp_path, "train")
 
 

@@ -1,4 +1,4 @@
-"""The one error that users are meant to see, and how it is told."""
+"""The one error that users are meant to see, and how it is worded."""
 
 
 class InputError(Exception):

@@ -51,9 +51,9 @@ def inside(folder: str | os.PathLike[str], *names: str) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, with the same ending, to write to.
+    """Yields a temporary path beside `path`, with the same ending, to write to.
 
-    When the block ends well the file is flushed to the disk and takes the name `path`, in one
+    When the block succeeds, the file is flushed to the disk and takes the name `path`, in one
     step; when it raises, nothing is left behind and what lay at `path` is untouched.
     """
     path = Path(path)

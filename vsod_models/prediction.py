@@ -59,7 +59,7 @@ class Result:
 
 @dataclass
 class _Held:
-    """A frame that windows still need: its maps, and what windows said of it so far."""
+    """A frame that windows still need: its maps, and what the windows so far say of it."""
 
     frame: Frame
     maps: list[Tensor]  # each (C, h, w)
@@ -93,7 +93,7 @@ class VideoPredictor:
             one the frame before it.
         name: of the model, for `describe`.
 
-    Raises InputError where an argument cannot be.
+    Raises InputError for an argument that is not valid.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class VideoPredictor:
         """A result for each frame, in order, a few frames behind the reading.
 
         source: a video, a picture, a folder or a glob of pictures, or (H, W, 3) uint8 RGB arrays.
-        rate: frames a second of what is not a video.
+        rate: frames per second of what is not a video.
         """
         if isinstance(source, (str, os.PathLike)):
             source = open_source(source, rate)
@@ -208,7 +208,7 @@ class VideoPredictor:
             yield clip
 
     def _encoded(self, frames: Iterable[Frame]) -> Iterator[list[_Held]]:
-        """The frames with their maps, as many at once as `batch` windows are new in."""
+        """The frames with their maps, in chunks of the frames that are new in `batch` windows."""
         chunk: list[tuple[Frame, np.ndarray | None]] = []
         for pair in self._with_prior(frames):
             chunk.append(pair)
@@ -484,7 +484,7 @@ def predict_dataset(
     Motion priors of the records are used in place of the predictor's, see
     :func:`vsod_models.prior.cache.make_priors`.
 
-    Sequences that are whole already are kept, unless `overwrite`; so a run that was stopped goes
+    Sequences that are complete already are kept, unless `overwrite`; so a run that was stopped goes
     on.  Returns the number of frames written.
 
     Raises InputError where that would be a folder of the dataset's own pictures or masks.

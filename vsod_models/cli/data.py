@@ -66,7 +66,7 @@ def synthetic(
     target: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     clips: Annotated[int, typer.Option(help="Clips of the training split.")] = 20,
     val_clips: Annotated[int, typer.Option(help="Clips of the validation split.")] = 5,
-    frames: Annotated[int, typer.Option(help="Frames a clip.")] = 24,
+    frames: Annotated[int, typer.Option(help="Frames per clip.")] = 24,
     height: int = 224,
     width: int = 224,
     seed: int = 0,

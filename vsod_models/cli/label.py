@@ -67,9 +67,11 @@ def coarse(
         try:
             given = [float(w) for w in weights.split(",")]
         except ValueError:
-            raise InputError(f"--weights {weights!r} is not numbers with commas") from None
+            raise InputError(
+                f"--weights {weights!r} is not a list of numbers separated by commas"
+            ) from None
     if fit and given is not None:
-        raise InputError("--fit and --weights exclude one another")
+        raise InputError("--fit and --weights are mutually exclusive")
     records = open_dataset(dataset, root, split)
     wanted = records
     if sequences is not None:

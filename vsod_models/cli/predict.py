@@ -49,7 +49,7 @@ def predict(
             help="Of MSST: flow-magnitude, or a folder of `prior train`; default: as trained."
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(help="Frames a second, for pictures.")] = 25.0,
+    rate: Annotated[float, typer.Option(help="Frames per second, for pictures.")] = 25.0,
     background: Annotated[str, typer.Option(help="Colour behind a cutout.")] = "#ffffff",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:

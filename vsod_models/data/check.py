@@ -40,7 +40,7 @@ def check(
     jobs: int = 1,
     track: Callable[[Iterable, int], Iterable] | None = None,
 ) -> Report:
-    """Open one split, decode every file of it in `jobs` processes, compare its counts.
+    """Opens one split, decodes every file of it in `jobs` processes, compares its counts.
 
     `track(results, total)` passes the results on and may draw a progress bar.  A folder that
     cannot be opened at all is a problem of the report, not an error.
@@ -134,7 +134,7 @@ def attempt(
 
 
 def whole_image(record: Record) -> np.ndarray:
-    """The image, read in a way that does not forgive a truncated file, as OpenCV does."""
+    """The image, by a decoder that rejects truncated files; OpenCV accepts them."""
     from PIL import Image
 
     if isinstance(record.image, Path):

@@ -34,11 +34,11 @@ class ClipDataset(Dataset[Sample]):
         weight  (T,) float32, `label_weights` of the frame's kind of label
         prior   (T, 1, H, W) float32 in [0, 1], when every record has a motion prior
 
-    Each run over `count` samples (`count`: frames with ground truth) visits each of them once, in
-    an order of its own, at a random place of its clip.  The other frames of the clip are
+    Each pass over `count` samples (`count`: frames with ground truth) visits every such frame once,
+    in a new order, at a random place in its clip.  The other frames of the clip are
     neighbours at a stride drawn from `strides` (low, high), or with strides="random" any frames
     of the sequence, in order.  With anchor="last" the frame with ground truth is the last one of
-    its clip.  Sequences that are too short go forth and back; a sequence of one frame is a still
+    its clip.  Sequences that are too short go back and forth; a sequence of one frame is a still
     image, repeated under a drifting camera when there is augmentation.
 
     cache=True keeps the frames, resized to 8/7 of `size`, in memory: 0.26 MB a frame at 224x224,
@@ -225,7 +225,7 @@ class ClipDataset(Dataset[Sample]):
 
 @lru_cache(maxsize=4)
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The permutation of `count` samples of one run over the data."""
+    """The permutation of `count` samples in one pass over the data."""
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 

@@ -46,7 +46,7 @@ class Record:
     def read_mask(self, above: int = 127) -> np.ndarray | None:
         """(H, W) uint8, 0 or 1; None where the frame has no ground truth.
 
-        Foreground is what `foreground` says, and without one where the grey level is `above` that.
+        Foreground is what `foreground` returns; without it, where the grey level is over `above`.
         """
         if self.mask is None:
             return None
@@ -74,7 +74,7 @@ class Records(Sequence[Record]):
             self.sequences.setdefault(record.sequence, []).append(record)
 
     def of_sequences(self, names: Sequence[str]) -> Records:
-        """Only these sequences."""
+        """The records of these sequences alone."""
         for name in names:
             if name not in self.sequences:
                 raise InputError(f"{self.dataset} {self.split} has no sequence {name!r}")

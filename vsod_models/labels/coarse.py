@@ -36,9 +36,9 @@ def fit_weights(
     allow_missing: bool = False,
     on_frame: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Weights with which the maps come closest to the ground truth, in least squares.
+    """Weights that bring the maps closest to the ground truth, in least squares.
 
-    None is negative, they sum to one.  The mean is left out: Otsu's threshold does not mind it.
+    None is negative and they sum to one.  Means are removed, since Otsu's threshold ignores them.
 
     Args:
         frames: how many to fit on, spread evenly over those with ground truth.
@@ -99,7 +99,7 @@ def make_labels(
     has no Otsu threshold) or all of it was erased.
 
     Args:
-        records: frames to label; their ground truth is not looked at.
+        records: frames to label; their ground truth is ignored.
         out: folder, new or empty; written whole or not at all.
         sources: folders with `<sequence>/<name>.png`, or names of the built-in maps.
         weights: one for each source, none negative; None: all the same.
@@ -114,8 +114,8 @@ def make_labels(
         The manifest.
 
     Raises:
-        InputError: sources, weights or an erase list that do not fit; a missing map; no frame of
-            all with anything salient.
+        InputError: sources, weights or an erase list that do not fit; a missing map; nothing
+            salient in any frame.
     """
     check_sources(sources)
     weights = [1.0] * len(sources) if weights is None else list(weights)

@@ -115,7 +115,7 @@ def maps_of(frames: Sequence[Record], index: int, sources: Sequence[str]) -> np.
 
 
 class MissingMap(InputError):
-    """A folder of maps has none for a frame."""
+    """A folder of maps lacks the one of a frame."""
 
 
 SKIP = "allow_missing=True skips such frames"

@@ -54,7 +54,7 @@ class Source(Protocol):
     name: str  # for messages
     files: list[Path]  # what it reads, and no output may replace
     frames: int | None  # how many there are, as far as it is known
-    rate: Fraction  # frames a second, the average where it varies
+    rate: Fraction  # frames per second, the average where it varies
     time_base: Fraction
     sound: Path | None  # the file whose sound belongs to it
     pixel_aspect: Fraction  # width of a pixel / its height
@@ -67,7 +67,7 @@ def open_source(
 ) -> Source:
     """The frames of a video, a folder of frames, a picture, a glob, or several pictures.
 
-    rate: frames a second of pictures (a video brings its own).
+    rate: frames per second of pictures (a video has its own).
     Raises InputError naming what is missing, empty or neither a video nor a picture.
     """
     if isinstance(inputs, (str, os.PathLike)):
@@ -110,7 +110,7 @@ class Pictures:
         self.frames: int | None = len(paths)
         self.rate = Fraction(rate).limit_denominator(1001)
         if self.rate <= 0:
-            raise InputError(f"rate must be above 0 frames a second, got {rate}")
+            raise InputError(f"rate must be above 0 frames per second, got {rate}")
         self.time_base = 1 / self.rate
 
     def __iter__(self) -> Iterator[Frame]:
@@ -121,7 +121,7 @@ class Pictures:
 class VideoFile:
     """A video file that FFmpeg reads.
 
-    A file that was cut off is refused at once where its index tells, and else when its frames end
+    A truncated file is refused at once where its index gives it away, and else when its frames end
     too early; damaged frames are an error too, rather than a guess at what they showed.
     """
 
@@ -221,7 +221,7 @@ def _promised_end(container: Any, stream: Any) -> Fraction | None:
 
 
 def _check_index(path: Path, container: Any, stream: Any) -> None:
-    """An index (MP4, MOV) that points behind the end of the file."""
+    """InputError for an index (MP4, MOV) that points past the end of the file."""
     size = path.stat().st_size
     there = missing = 0
     for entry in stream.index_entries:
@@ -255,7 +255,7 @@ def upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
 
 
 def ahead(items: Iterable[T], depth: int = 4) -> Generator[T]:
-    """The same items, made by a thread that is at most `depth` of them ahead."""
+    """The same items, made by a thread that runs at most `depth` of them ahead."""
     waiting: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Sound, laid from one file into another."""
+"""Sound, carried over from one file to another."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LAYOUTS = {"1 channels": "mono", "2 channels": "stereo", "6 channels": "5.1", "8
 
 
 class Sound:
-    """The sound of one file, laid into another as it grows.
+    """The sound of one file, added to another while that is written.
 
-    Packets are copied as they are where the container takes their coding, and else coded again:
+    Packets are copied unchanged where the container takes their codec, and else encoded again:
     AAC for MP4 and MOV, Opus for WebM.
     """
 

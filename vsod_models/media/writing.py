@@ -189,8 +189,8 @@ def _to_av(picture: np.ndarray) -> Any:
 class Video:
     """MP4 (H.264), MOV (H.264, or ProRes 4444 for RGBA) or WebM (VP9), with the source's sound.
 
-    Times are the source's own (WebM counts in milliseconds).  H.264 gets no B-frames: the length
-    of the last frame of a video of varying rate then survives.
+    Times are the source's own (WebM counts in milliseconds).  H.264 gets no B-frames, so that
+    the duration of the last frame survives where the frame rate varies.
     """
 
     def __init__(self, path: Path, output: Path, source: Source):
@@ -244,7 +244,7 @@ class Video:
         if self.source.sound is not None:
             self.sound = Sound(self.source.sound, self.container, self.ending)
             if self.sound.left_out:
-                self.notes.append(f"{self.source.name}: sound of unknown coding is left out")
+                self.notes.append(f"{self.source.name}: sound in an unknown codec is left out")
 
     def write(self, picture: np.ndarray, frame: Frame) -> None:
         with _writing(self.output):
@@ -281,8 +281,8 @@ class Video:
 class Gif:
     """GIF with a palette of its own for each frame; RGBA becomes transparent below alpha 128.
 
-    It counts in 1/100 s, and players slow down below 2 of them: frames that come sooner after the
-    one before are left out.
+    Times are in 1/100 s, and players slow down frames shorter than 2 of them: frames that come
+    sooner after the one before are left out.
     """
 
     def __init__(self, path: Path, output: Path, source: Source):

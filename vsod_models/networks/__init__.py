@@ -1,1 +1,1 @@
-"""The networks: one file a model, to be read beside its paper, and how models are saved."""
+"""The networks, one file per model, to be read beside its paper; and how models are saved."""

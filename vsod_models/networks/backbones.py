@@ -125,7 +125,7 @@ def build_network(name: str, width: float, options: Mapping[str, Any]) -> nn.Mod
 
 
 def find_maps(network: nn.Module, tap: str) -> dict[int, tuple[str, int]]:
-    """Stride -> (name, channels) of the first or last module with it, at most two levels deep."""
+    """Stride -> (name, channels) of the first or last module with it, two levels deep at most."""
     side = 96
     maps: dict[int, tuple[str, int]] = {}
     hooks = []
@@ -152,7 +152,7 @@ def find_maps(network: nn.Module, tap: str) -> dict[int, tuple[str, int]]:
 
 
 def find_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str]:
-    """The state dict of a file or of torchvision's weights, and what to call it in messages."""
+    """The state dict of a file or of torchvision's weights, and its name for messages."""
     path = Path(weights)
     if path.suffix in (".pth", ".pt", ".safetensors"):
         return read_weights(path), str(path)
@@ -165,10 +165,10 @@ def load_fitting(
     complaint: str,
     may_lack: tuple[str, ...] = (),
 ) -> None:
-    """Loads what `module` has out of `state`, and leaves the rest of `state` alone.
+    """Loads what `module` has from `state`, and ignores the rest of it.
 
     Raises:
-        InputError: `complaint`, and how many parameters are missing (but for those that begin with
+        InputError: `complaint`, and how many parameters are missing (except those that begin with
             one of `may_lack`) or have another shape.
     """
     wanted = module.state_dict()

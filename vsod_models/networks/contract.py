@@ -1,4 +1,4 @@
-"""What a model promises: to prediction and export, and beside that to training."""
+"""What a model promises: to prediction and export, and on top of that to training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .saved import PretrainedModel, load_state
 class SaliencyModel(nn.Module, ABC):
     """A model that says what is salient in the frames of a window.
 
-    What it says of a frame alone (`encode`) is kept while windows pass over a video; `decode` puts
-    the frames of a window together.
+    `encode` sees each frame on its own.  Its maps are kept while windows slide over a video, and
+    `decode` combines those of one window.
     """
 
     clip_length: int  # frames of a window
@@ -38,7 +38,7 @@ class SaliencyModel(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Maps of a window -> logits (B, T, 1, H, W), or (B, 1, H, W) with `outputs` "last".
+        """Maps of a window -> logits (B, T, 1, H, W), or (B, 1, H, W) where `outputs` is "last".
 
         size is (H, W).
         """

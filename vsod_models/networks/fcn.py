@@ -1,7 +1,7 @@
 """The fully convolutional networks of MSST's streams: VGG16 as DeepLab-LargeFOV, MobileNetV2.
 
-Both lose the strides of their last stages to dilation, and give two maps of one size: one from the
-middle (VGG's pool4) and the last.
+Both trade the strides of their last stages for dilation, and give two maps of the same size: one
+from the middle (VGG's pool4) and the last.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FCN(nn.Module):
         load_fitting(self, taken, complaint, may_lack=("fc6.", "fc7."))
 
     def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """torchvision's state dict with more of it under the names of this network."""
+        """torchvision's state dict, with more entries under the names of this network."""
         return dict(state)
 
 
@@ -193,7 +193,7 @@ def build_fcn(
     """The network called `name`; `output_stride` None is 8 for VGG16 and 16 for MobileNetV2.
 
     Raises:
-        InputError: a name or an output stride that there is not.
+        InputError: unknown name, or an output stride other than 8 and 16.
     """
     if name not in NAMES:
         raise InputError(f"backbone {name!r} is not one of {', '.join(NAMES)}")

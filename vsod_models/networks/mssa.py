@@ -81,7 +81,7 @@ class MSSA(Trainable):
     ):
         super().__init__()
         if len(heads) != len(levels):
-            raise InputError(f"heads {tuple(heads)} must name one number for each level {levels}")
+            raise InputError(f"heads {tuple(heads)} must hold one number for each level {levels}")
         strides = [*skips, *levels]
         if not levels or strides != sorted(set(strides)):
             raise InputError(f"skips {tuple(skips)} and levels {tuple(levels)} must ascend")
@@ -120,7 +120,7 @@ class MSSA(Trainable):
         """Maps of each frame alone: a window over a video can put them together again.
 
         frames (B, T, 3, H, W) -> one (B, T, C, h, w) for each stride, finest first; `prior` is
-        not looked at.
+        ignored.
         """
         if frames.dim() != 5 or frames.shape[2] != 3:
             raise ValueError(f"frames must be (B, T, 3, H, W), got shape {tuple(frames.shape)}")

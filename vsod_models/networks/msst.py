@@ -53,7 +53,7 @@ class MSST(Trainable):
         clip_length: frames T that "full" looks at; the others look at the last frame alone.
         image_size: (height, width) of prediction; the paper trains at 321 and 512 in turn.
         prior: the kind of motion prior that it is trained with, "flow-magnitude" or "regions", for
-            those who load it.
+            whoever loads it.
         backend: of the ConvLSTM op, see :func:`vsod_ops.conv_lstm`.
 
     Shape:

@@ -102,7 +102,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 
 def build_model(cls: type[M], arguments: Mapping[str, Any], source: str) -> M:
-    """The model with its arguments; an argument that it does not have is named."""
+    """Builds the model; InputError names an argument that it does not have."""
     known = inspect.signature(cls.__init__).parameters
     for key in arguments:
         if key not in known:
@@ -126,7 +126,7 @@ def build_model(cls: type[M], arguments: Mapping[str, Any], source: str) -> M:
 
 
 def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Weights into a model; those of another model are refused in one line."""
+    """Loads weights into a model; InputError for those of another model."""
     wanted = model.state_dict()
     missing = [k for k in wanted if k not in state]
     unknown = [k for k in state if k not in wanted]

@@ -1,1 +1,1 @@
-"""The motion prior of MSST-ConvLSTM: from flow, from regions of it, fitted, and kept on disk."""
+"""The motion prior of MSST-ConvLSTM: optical flow, its regions, fitting, and a cache on disk."""

@@ -73,7 +73,8 @@ def train_prior(
         on_step: called after each frame and after each epoch, frames + epochs times at most.
 
     Returns:
-        "loss" and, of a model that always says the mean, "loss of the mean"; "regions", "frames".
+        "loss", and "loss of the mean" for a model that always answers the mean; the numbers of
+        "regions" and "frames".
 
     Raises:
         InputError: no ground truth, or one where nothing or everything is salient.

@@ -23,18 +23,18 @@ LEAST_SIDE = 16  # DIS needs 12 pixels
 
 
 class PriorSource(Protocol):
-    """What gives priors: the longer side that it works at, its cache key, and the map itself."""
+    """A source of motion priors."""
 
-    side: int
+    side: int  # longer side of the frames that it works on
 
     def to(self, device: torch.device | str) -> PriorSource:
-        """Itself, from now on computing there."""
+        """Moves its computation there; returns itself."""
 
     def key(self) -> str:
-        """Changes with all that the map depends on."""
+        """Of the cache: differs wherever the maps could differ."""
 
     def from_flow(self, flow: np.ndarray) -> np.ndarray:
-        """flow (h, w, 2) float32, pixels a frame -> float32 in [0, 1], that size or smaller."""
+        """flow (h, w, 2) float32, pixels per frame -> float32 in [0, 1], that size or smaller."""
 
 
 def optical_flow(frame: np.ndarray, other: np.ndarray, side: int) -> np.ndarray:
@@ -109,7 +109,7 @@ class FlowMagnitude:
         self.side = side
 
     def to(self, device: torch.device | str) -> FlowMagnitude:
-        """Itself: all it does is done on the CPU."""
+        """Returns itself: it computes on the CPU alone."""
         return self
 
     def key(self) -> str:
@@ -131,7 +131,7 @@ def hash_of(settings: dict, tensors: Iterable[Tensor]) -> str:
 def frame_prior(source: PriorSource, frame: np.ndarray, neighbour: np.ndarray) -> np.ndarray:
     """Prior of a frame, from its flow to the next one; of the last frame, to the one before.
 
-    A frame that is alone is its own neighbour: nothing moves.  `partial(frame_prior, source)` is
+    A single frame is its own neighbour: nothing moves.  `partial(frame_prior, source)` is
     what :class:`vsod_models.prediction.VideoPredictor` takes.
 
     Args:
@@ -145,13 +145,13 @@ def frame_prior(source: PriorSource, frame: np.ndarray, neighbour: np.ndarray) -
 
 
 def neighbour(index: int, count: int) -> int:
-    """Of `count` frames, the one that the flow of frame `index` goes to."""
+    """Index of the frame, out of `count`, that the flow of frame `index` leads to."""
     return index + 1 if index + 1 < count else max(0, index - 1)
 
 
 @contextlib.contextmanager
 def naming(record: Record, other: Record) -> Iterator[None]:
-    """Puts the two frames before the message of an InputError."""
+    """Prefixes the message of an InputError with the two frames."""
     try:
         yield
     except InputError as error:

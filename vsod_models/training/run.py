@@ -129,7 +129,7 @@ class Task(lightning.LightningModule):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all."""
+    """Checkpoints that are written completely or not at all."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         with whole_file(path) as part:

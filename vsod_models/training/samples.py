@@ -93,7 +93,7 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], o
 
 @contextlib.contextmanager
 def silent(title: str, total: int) -> Iterator[Callable[[], object]]:
-    """The progress that shows nothing."""
+    """Progress that is not shown."""
     yield lambda: None
 
 

@@ -26,7 +26,7 @@ class Dataset:
 
 def _synthetic(root: Path | None, split: str, **options: Any) -> Records:
     if root is not None:
-        raise InputError(f"{root}: synthetic clips lie in no folder")
+        raise InputError(f"{root}: synthetic clips are not in a folder")
     return synthetic.open_synthetic(split, **options)
 
 
@@ -44,7 +44,7 @@ DATASETS: dict[str, Dataset] = {
 
 
 def find_dataset(name: str) -> Dataset:
-    """The reader of a name; InputError with the names there are for any other."""
+    """The dataset of that name; InputError lists the names there are."""
     if name not in DATASETS:
         raise InputError(f"dataset is {name!r}; it has to be one of {', '.join(DATASETS)}")
     return DATASETS[name]

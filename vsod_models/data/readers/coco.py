@@ -34,7 +34,7 @@ def open_coco(
     seed: int = 0,
     on_problem: OnProblem = fail,
 ) -> Records:
-    """Sequences `<category>-<number>` of `group` images; which, follows from `seed`.
+    """Sequences `<category>-<number>` of `group` images; `seed` decides which.
 
     Images that are left over after the last whole group of a category are not used.
     """

@@ -5,8 +5,8 @@
     .../<sequence>/GroundTruth/*.pgm                     grey level = object, 0 = background
     .../<sequence>/GroundTruth/*_<number>_gt.ppm         colour = object, white = background
 
-Masks and frames share their number, but not always its zeros.  Where there are .ppm files they are
-the ground truth and .pgm files beside them are not; *PROB* files are neither.
+Masks and frames share their number, but not always its leading zeros.  Where there are .ppm files
+they are the ground truth and .pgm files beside them are not; *PROB* files are neither.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A clip is a function of (seed, split, index) and the frame size alone, and its frame t of nothing
 else, so clips need no disk and a longer clip begins with the shorter one.  Lengths below are in
-units of the frame's geometric mean side, speeds in units a frame.
+units of the frame's geometric mean side, speeds in units per frame.
 
     background layers (pan, zoom, rotation, parallax; distractors are part of them)
     -> for each object: shadow, then its parts (textured polygons that swing about joints)

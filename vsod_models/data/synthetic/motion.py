@@ -25,7 +25,7 @@ class Wave:
 
 
 def wave(rng: Random, mean: float, amplitude: float, speed: float) -> Wave:
-    """Two sines within +-amplitude, never faster than `speed` a frame."""
+    """Two sines within +-amplitude, never faster than `speed` per frame."""
     terms = []
     for share in (0.75, 0.25):
         a = share * amplitude

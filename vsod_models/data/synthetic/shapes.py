@@ -1,5 +1,8 @@
-"""Outlines, closed (K, 2) and about one unit in radius, and objects built of them: parts that move
-together, in object coordinates (y down)."""
+"""Outlines, and objects built of them.
+
+Outlines are closed, (K, 2) and about one unit in radius; objects are parts that move together, in
+object coordinates (y down).
+"""
 
 from __future__ import annotations
 
