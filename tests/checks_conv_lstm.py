@@ -100,6 +100,32 @@ def lstm_sweep_case(index, dtypes):
     return inputs, {"dilation": pick((1, 1, 2, 3)), "recompute": pick((True, False))}
 
 
+# ---- cases of the CUDA kernels, on a GPU and on the CPU
+
+# Around the tiles of 32 x 16, 32 x 32 and 32 x 8 pixels, the chunks of 8 channels, the groups of 4
+# hidden channels, of 4 or 8 gathered ones and of 16 gate channels.
+CUDA_SHAPES = (
+    {"channels": 4, "hidden": 4, "height": 17, "width": 33, "steps": 3},
+    {"channels": 1, "hidden": 1, "height": 1, "width": 1, "steps": 1, "batch": 8},
+    {"channels": 3, "hidden": 5, "height": 33, "width": 31, "batch": 2},
+    {"channels": 9, "hidden": 8, "height": 8, "width": 32},
+    {"channels": 2, "hidden": 13, "height": 1, "width": 65, "steps": 3},
+    {"channels": 17, "hidden": 3, "height": 40, "width": 2, "batch": 2},
+)
+CUDA_FORMS = (
+    {"peephole": "channel"},
+    {"peephole": "full", "layout": "permuted"},
+    {"state": False, "bias": False, "layout": "expanded"},
+)
+
+
+def cuda_case(layout="contiguous", **shape):
+    """Inputs and gradients; all but x and grad_out contiguous, as the kernels want them."""
+    inputs = lstm_inputs(**shape, layout=layout)
+    inputs |= {k: t.contiguous() for k, t in inputs.items() if k != "x" and t is not None}
+    return inputs, lstm_gradients(inputs, layout)
+
+
 # ---- the definition, written apart from vsod_ops/conv_lstm/reference.py
 
 

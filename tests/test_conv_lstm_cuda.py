@@ -5,9 +5,16 @@ import re
 import pytest
 import torch
 from checks import GPU_DTYPES, exact_float32, nan_filled_memory, needs_cpu
-from checks_conv_lstm import assert_like_float64, lstm_results, moved, through_conv_lstm
+from checks_conv_lstm import (
+    CUDA_FORMS,
+    CUDA_SHAPES,
+    assert_like_float64,
+    cuda_case,
+    lstm_results,
+    moved,
+    through_conv_lstm,
+)
 from checks_cuda import assert_no_spills, cuda_objdump, needs_cuda_module, on_gpu
-from test_conv_lstm_cuda_phases import FORMS, SHAPES, draw
 
 from vsod_ops import conv_lstm
 from vsod_ops.conv_lstm import op
@@ -31,7 +38,7 @@ def test_16_bit_kernels_use_tensor_cores():
 
 
 def draw_on_gpu(**case):
-    return tuple(moved(some, "cuda") for some in draw(**case))
+    return tuple(moved(some, "cuda") for some in cuda_case(**case))
 
 
 def run(inputs, grads, dilation=1, **options):
@@ -52,6 +59,10 @@ def _no_tf32():
         yield
 
 
+def shape_id(shape):
+    return "x".join(map(str, shape.values()))
+
+
 LARGER = (
     {"channels": 4, "hidden": 4, "height": 128, "width": 130, "batch": 2, "steps": 4},
     {"channels": 4, "hidden": 16, "height": 97, "width": 160, "batch": 2, "steps": 4},
@@ -62,8 +73,10 @@ LARGER = (
 @on_gpu
 @pytest.mark.parametrize("dtype", GPU_DTYPES)
 @pytest.mark.parametrize("recompute", (False, True))
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
-@pytest.mark.parametrize("shape", SHAPES + LARGER, ids=lambda s: "x".join(map(str, s.values())))
+@pytest.mark.parametrize("form", CUDA_FORMS, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize(
+    "shape", CUDA_SHAPES + LARGER, ids=lambda s: "x".join(map(str, s.values()))
+)
 def test_error_rule(shape, form, recompute, dtype):
     check(shape | form | {"dtype": dtype}, recompute=recompute)
 
@@ -84,7 +97,7 @@ def test_any_kernel_and_dilation(kernel, dilation, dtype):
 @pytest.mark.parametrize("kernel, dilation", ((3, 1), (3, 12), (5, 2)))
 def test_same_as_the_phases_on_the_cpu(kernel, dilation, dtype):
     """Not bit by bit (the order of sums in a product, expf), but to rounding."""
-    inputs, grads = draw(
+    inputs, grads = cuda_case(
         steps=3, channels=5, hidden=9, height=35, width=70, kernel=kernel, dtype=dtype
     )
     inputs = list(inputs.values())
@@ -156,7 +169,7 @@ def test_side_stream_and_graph():
 @on_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device_while_the_first_is_current():
-    inputs, grads = draw(height=40, width=40, dtype=torch.float32)
+    inputs, grads = cuda_case(height=40, width=40, dtype=torch.float32)
     expected = run(moved(inputs, "cuda"), moved(grads, "cuda"))
     second = [moved(some, "cuda:1") for some in (inputs, grads)]
     with torch.cuda.device(0):
@@ -167,7 +180,7 @@ def test_second_device_while_the_first_is_current():
 
 @on_gpu
 def test_compile():
-    inputs, grads = draw(height=33, width=40, peephole="channel", dtype=torch.float32)
+    inputs, grads = cuda_case(height=33, width=40, peephole="channel", dtype=torch.float32)
     x, h, c, *weights = (t.cuda().requires_grad_() for t in inputs.values())
 
     def call(x, h, c, *weights):
@@ -185,7 +198,7 @@ def test_compile():
 @on_gpu
 @pytest.mark.parametrize("dtype", GPU_DTYPES)
 def test_opcheck(dtype):
-    inputs, _ = draw(height=9, width=13, layout="permuted", dtype=dtype)
+    inputs, _ = cuda_case(height=9, width=13, layout="permuted", dtype=dtype)
     leaves = [None if t is None else t.cuda().requires_grad_() for t in inputs.values()]
     tolerances = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     arguments = (*leaves, 1, op.SAVE_GATES, None)

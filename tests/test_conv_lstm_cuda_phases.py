@@ -5,10 +5,11 @@ import pytest
 import torch
 from checks import nan_filled_memory, needs_cpu, picker
 from checks_conv_lstm import (
+    CUDA_FORMS,
+    CUDA_SHAPES,
     GRADIENTS,
     assert_like_float64,
-    lstm_gradients,
-    lstm_inputs,
+    cuda_case,
     oracle_results,
 )
 
@@ -16,13 +17,6 @@ from vsod_ops import backends
 from vsod_ops.conv_lstm import op
 
 pytestmark = needs_cpu
-
-
-def draw(layout="contiguous", **shape):
-    """Inputs and gradients; all but x and grad_out contiguous, as the kernels want them."""
-    inputs = lstm_inputs(**shape, layout=layout)
-    inputs |= {k: t.contiguous() for k, t in inputs.items() if k != "x" and t is not None}
-    return inputs, lstm_gradients(inputs, layout)
 
 
 def on_host(inputs, grads, dilation, *, recompute=False, window=0, reverse=False, needs=None):
@@ -39,7 +33,7 @@ def on_host(inputs, grads, dilation, *, recompute=False, window=0, reverse=False
 
 def check(case, *, dilation=1, **options):
     """Every output and gradient of the phases against float64."""
-    inputs, grads = draw(**case)
+    inputs, grads = cuda_case(**case)
     with nan_filled_memory():
         actual = on_host(inputs, grads, dilation, **options)
     for name, value in actual.items():
@@ -48,26 +42,9 @@ def check(case, *, dilation=1, **options):
     assert_like_float64(actual, inputs, grads, dilation, exact=True)
 
 
-# Around the tiles of 32 x 16, 32 x 32 and 32 x 8 pixels, the chunks of 8 channels, the groups of 4
-# hidden channels, of 4 or 8 gathered ones and of 16 gate channels.
-SHAPES = (
-    {"channels": 4, "hidden": 4, "height": 17, "width": 33, "steps": 3},
-    {"channels": 1, "hidden": 1, "height": 1, "width": 1, "steps": 1, "batch": 8},
-    {"channels": 3, "hidden": 5, "height": 33, "width": 31, "batch": 2},
-    {"channels": 9, "hidden": 8, "height": 8, "width": 32},
-    {"channels": 2, "hidden": 13, "height": 1, "width": 65, "steps": 3},
-    {"channels": 17, "hidden": 3, "height": 40, "width": 2, "batch": 2},
-)
-FORMS = (
-    {"peephole": "channel"},
-    {"peephole": "full", "layout": "permuted"},
-    {"state": False, "bias": False, "layout": "expanded"},
-)
-
-
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s.values())))
+@pytest.mark.parametrize("form", CUDA_FORMS, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=lambda s: "x".join(map(str, s.values())))
 def test_against_float64(shape, form, dtype):
     check(shape | form | {"dtype": dtype})
 
@@ -99,7 +76,7 @@ def test_windows(peephole, recompute, window):
 
 @pytest.mark.parametrize("missing", ("grad_out", "grad_c"))
 def test_one_incoming_gradient(missing):
-    inputs, (grad_out, grad_c) = draw(steps=3)
+    inputs, (grad_out, grad_c) = cuda_case(steps=3)
     given = (None, grad_c) if missing == "grad_out" else (grad_out, None)
     zeros = (
         torch.zeros_like(grad_out) if missing == "grad_out" else grad_out,
@@ -113,7 +90,7 @@ def test_one_incoming_gradient(missing):
 
 @pytest.mark.parametrize("wanted", range(7))
 def test_one_gradient_alone(wanted):
-    inputs, grads = draw(peephole="channel")
+    inputs, grads = cuda_case(peephole="channel")
     needs = [i == wanted for i in range(7)]
     everything = on_host(inputs, grads, 1)
     alone = on_host(inputs, grads, 1, needs=needs)
@@ -127,7 +104,7 @@ def test_one_gradient_alone(wanted):
 @pytest.mark.parametrize("kernel, dilation", ((3, 1), (3, 2), (5, 1)))
 def test_order_of_threads_and_blocks_does_not_matter(kernel, dilation):
     """A phase that needs a barrier it does not have gives other numbers in reverse."""
-    inputs, grads = draw(
+    inputs, grads = cuda_case(
         batch=2, channels=5, hidden=9, height=35, width=70, kernel=kernel, peephole="channel",
         dtype=torch.float32,
     )  # fmt: skip
@@ -165,7 +142,7 @@ def test_ends_of_the_range():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_infinity_and_nan_stay_where_they_belong(dtype):
     """A product with padding would make NaN of infinity in pixels that do not see it."""
-    inputs, _ = draw(channels=3, hidden=5, height=9, width=20, steps=1, dtype=dtype)
+    inputs, _ = cuda_case(channels=3, hidden=5, height=9, width=20, steps=1, dtype=dtype)
     x = inputs["x"].clone()
     x[0, 0, 1, 4, 3], x[0, 0, 0, 4, 15] = torch.inf, torch.nan
     w_ih = inputs["weight_ih"].abs() + 0.1  # each tap gives +inf, no two of them -inf
@@ -181,7 +158,7 @@ def test_infinity_and_nan_stay_where_they_belong(dtype):
 
 
 def test_zero_state_is_no_state():
-    inputs, grads = draw(steps=3, state=False)
+    inputs, grads = cuda_case(steps=3, state=False)
     x = inputs["x"]
     zero = x.new_zeros(x.shape[0], 4, *x.shape[3:])
     with_zeros = on_host(inputs | {"h": zero, "c": zero}, grads, 1)

@@ -11,7 +11,7 @@ pytest.importorskip("cv2")
 pytest.importorskip("typer")
 Image = pytest.importorskip("PIL.Image")
 
-from test_data_readers import davis, fbms, image, mask, segtrack, square, text  # noqa: E402
+from trees import davis, fbms, image, mask, segtrack, square, text  # noqa: E402
 
 from vsod_models import cli  # noqa: E402
 from vsod_models.data import open_dataset, prepare  # noqa: E402

@@ -11,7 +11,7 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("av", reason="the extra `models` is not installed")
 Image = pytest.importorskip("PIL.Image")
 
-from test_data_readers import davis, image, text  # noqa: E402
+from trees import davis, image, text  # noqa: E402
 
 from vsod_models import cli  # noqa: E402
 from vsod_models.data import open_dataset  # noqa: E402
