@@ -1,7 +1,15 @@
 """What `vsod` promises of input that nobody meant: one line, nothing lost, nothing outside."""
 
 import hashlib
+import io
 import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
 
 import pytest
 
@@ -14,6 +22,7 @@ Image = pytest.importorskip("PIL.Image")
 from trees import davis, image, text  # noqa: E402
 
 from vsod_models import cli  # noqa: E402
+from vsod_models.cli import app as application  # noqa: E402
 from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 
@@ -98,3 +107,154 @@ def test_names_with_spaces_survive_the_layout(tmp_path, capsys):
     code, _, err = vsod(capsys, "data", "prepare", "folder", root, new, "--split", "train")
     assert code == 0, err
     assert set(open_dataset("davis16", new, "train").sequences) == {"my clip", "other"}
+
+
+# ---- the command itself
+
+
+def commands(group=None, name=()):
+    group = application if group is None else group
+    for command in group.registered_commands:
+        yield (*name, command.name)
+    for inner in group.registered_groups:
+        yield from commands(inner.typer_instance, (*name, inner.name))
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_every_help_has_an_example_of_its_command(capsys, command):
+    code, out, _ = vsod(capsys, *command, "--help")
+    assert code == 0
+    assert f"Example: vsod {' '.join(command)} " in " ".join(out.split())
+
+
+def test_the_command_tells_its_version_and_completes(capsys):
+    code, out, _ = vsod(capsys, "--version")
+    assert code == 0 and out.startswith("vsod")
+    _, out, _ = vsod(capsys, "--help")
+    assert "--install-completion" in out
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (MemoryError(), 2, "out of memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\n#1"), 2,
+     "can't allocate memory: 9 bytes"),
+    (OSError(28, "No space left on device"), 2, "No space left on device"),
+    (KeyError("x"), 70, "KeyError: 'x'; a fault of vsod's own: --debug shows where"),
+    (KeyboardInterrupt(), 130, "stopped"),
+])  # fmt: skip
+def test_whatever_a_command_raises_is_one_line(capsys, monkeypatch, error, code, words):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("vsod_models.data.readers.find_dataset", fails)
+    result = vsod(capsys, "data", "check", "davis16", "nowhere")
+    assert result[0] == code and result[2].count("\n") == 1
+    assert result[2].startswith("vsod: ") and words in result[2]
+
+
+# ---- runs
+
+
+RECIPE = """
+model: {name: mssa, backbone: vgg11, backbone_options: {width: 0.125}, levels: [8, 16],
+  skips: [4], heads: [2, 4], dim: 16, depth: 1, feed_forward: 16, decoder_dim: 8, clip_length: 2,
+  image_size: [32, 32]}
+data: {train: [{dataset: synthetic, options: {clips: 4, frames: 4, size: [40, 40]}}],
+  sizes: [[32, 32]], workers: 0}
+accelerator: cpu
+batch_size: 2
+checkpoint_every: 2
+"""
+
+
+def start(recipe, out, *arguments):
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "vsod_models.cli", "train", "--config", str(recipe)]
+    return subprocess.Popen(
+        [*command, f"out={out}", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_says_what_it_kept_and_one_folder_takes_one(tmp_path, number):
+    pytest.importorskip("lightning")
+    pytest.importorskip("skimage")
+    first = start(tmp_path / "recipe.yaml", tmp_path / "run", "iterations=1000000")
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run/last.ckpt").exists():
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.05)
+    second = start(tmp_path / "recipe.yaml", tmp_path / "run", "--resume", "iterations=1000000")
+    _, err = second.communicate(timeout=240)
+    assert second.returncode == 2 and "a training is running in it already" in err
+    assert first.poll() is None
+    first.send_signal(number)
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 130 and "Traceback" not in err
+    assert err.splitlines()[-1].endswith(
+        "last.ckpt is the last checkpoint; --resume goes on from it"
+    )
+    assert not [p for p in (tmp_path / "run").iterdir() if ".part" in p.name]
+
+
+# ---- pictures
+
+
+def png(width, height, mode=0):
+    """A grey PNG that claims a size, with almost no data."""
+
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, mode, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def broken():
+    """name -> bytes that are no picture, though they begin as one."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), (90, 20, 30)).save(buffer, "png")
+    whole = buffer.getvalue()
+    tiff = io.BytesIO()
+    Image.new("RGB", (16, 12)).save(tiff, "tiff")
+    return {
+        "bomb": png(60_000, 60_000), "zero": png(0, 0), "claims": png(5000, 5000),
+        "half": whole[: len(whole) // 2], "head": whole[:20], "empty": b"", "text": b"hello",
+     "tiff": tiff.getvalue()[:40],
+        "jpeg": b"\xff\xd8\xff\xe0" + bytes(50) + b"\xff\xd9",
+        "webp": b"RIFF\x10\x00\x00\x00WEBPVP8L" + bytes(8),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", broken())
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_a_broken_picture_is_one_problem_among_others(tmp_path, capsys, kind, ending):
+    root = davis(tmp_path / "set", split="val")
+    bad = root / "JPEGImages/480p/bear/00001.jpg"
+    bad.unlink()
+    bad = bad.with_suffix(ending)
+    bad.write_bytes(broken()[kind])
+    code, out, err = vsod(capsys, "data", "check", "davis16", root, "--split", "val", "--jobs", 1)
+    problems = [line for line in out.splitlines() if line.startswith("problem: ")]
+    assert (code, err, len(problems)) == (1, "", 1), (out, err)
+    assert str(bad) in problems[0] and "not a readable picture" in problems[0]
+    refused(vsod(capsys, "data", "prepare", "davis16", root, tmp_path / "new", "--split", "val",
+                 "--partial"), str(bad))  # fmt: skip
+    assert not (tmp_path / "new").exists()
+    refused(vsod(capsys, "predict", bad, "-o", tmp_path / "mask.png"), str(bad))
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_name_with_a_digit_that_is_no_number(tmp_path):
+    root = davis(tmp_path / "set", split="val")
+    for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        os.rename(root / folder / f"480p/bear/00001.{ending}",
+                  root / folder / f"480p/bear/1\u00b22.{ending}")  # fmt: skip
+    assert len(open_dataset("davis16", root, "all")) == 5

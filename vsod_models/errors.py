@@ -16,6 +16,10 @@ def describe(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class Stopped(Exception):
+    """The user stopped it (Ctrl-C, or SIGTERM); the message says what is kept.  Exit code 130."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error of another library, whose first line says it; its kind if empty."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()]

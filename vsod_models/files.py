@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import filelock
 
 from .errors import InputError
 
@@ -50,17 +57,20 @@ def inside(folder: str | os.PathLike[str], *names: str) -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`, with the same ending, to write to.
 
     When the block succeeds, the file is flushed to the disk and takes the name `path`, in one
     step; when it raises, nothing is left behind and what lay at `path` is untouched.
+
+    new: FileExistsError where `path` exists when the block ends, whoever made it meanwhile.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear(path.parent)
     try:
         handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=".part" + path.suffix, dir=path.parent
+            prefix=temporary_prefix(path), suffix=".part" + path.suffix, dir=path.parent
         )
     except OSError as error:  # which names the temporary file
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -73,13 +83,29 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)
-        os.replace(part, path)
+        if new:
+            _claim(part, path)
+        else:
+            os.replace(part, path)
     except OSError as error:  # a full disk: writing does not say where
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _claim(part: Path, path: Path) -> None:
+    """Renames, in one step and only where there is nothing yet."""
+    try:
+        os.link(part, path)  # unlike a rename it replaces nothing
+    except FileExistsError:
+        raise FileExistsError(
+            errno.EEXIST, "was made by another program meanwhile", str(path)
+        ) from None
+    except OSError:  # a file system without links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(part, path)
 
 
 @contextlib.contextmanager
@@ -89,15 +115,77 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent))
+    _clear(path.parent)
+    part = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".part", dir=path.parent))
     try:
         yield part
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o777 & ~umask)
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """Where process numbers mean the same: this machine, or this container of it."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+
+
+def temporary_prefix(path: Path) -> str:
+    """Of a temporary name beside `path`, or in it: whose it is, so that it can be cleared away."""
+    return f".{path.stem[:40]}-{_machine()}-{os.getpid()}-"
+
+
+@functools.cache  # once for each folder: listing a large one for every file would be slow
+def _clear(folder: Path) -> None:
+    """Removes what processes of this machine that are dead left behind in a folder."""
+    for left in folder.glob(f".*-{_machine()}-*.part*"):
+        owner = re.search(rf"-{_machine()}-(\d+)-[^-]*\.part", left.name)
+        if owner is None or _alive(int(owner[1])):
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """One process at a time: InputError where another one holds `folder`, for the same `what`.
+
+    The lock goes with its process, however that ends; its file `.lock` stays.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"{folder}: {what} is running in it already") from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_json(file: Path, what: str) -> Any:

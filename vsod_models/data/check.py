@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..errors import InputError
 from .readers import find_dataset
 from .readers.folders import Counts
-from .records import Record, Records
+from .records import Record, Records, reading_picture
 
 
 @dataclass
@@ -97,8 +100,14 @@ def inspected(records: list[Record], jobs: int) -> Iterator[tuple[list[str], lis
         return
     # Spawned, since forking a process that has threads (OpenCV's) can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    jobs = min(jobs, 2 * (os.cpu_count() or 1))
+    with ProcessPoolExecutor(jobs, context, _start_worker) as pool:
         yield from pool.map(inspect, records, chunksize=16)
+
+
+def _start_worker() -> None:
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is a problem of the report
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # goes to all: one line of the first is enough
 
 
 def inspect(record: Record) -> tuple[list[str], list[str]]:
@@ -135,12 +144,7 @@ def attempt(
 
 def whole_image(record: Record) -> np.ndarray:
     """The image, by a decoder that rejects truncated files; OpenCV accepts them."""
-    from PIL import Image
-
     if isinstance(record.image, Path):
-        try:
-            with Image.open(record.image) as picture:
-                picture.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{record.image}: not a readable picture ({error})") from None
+        with reading_picture(record.image), Image.open(record.image) as picture:
+            picture.load()
     return record.read_image()

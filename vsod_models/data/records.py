@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import is_plain
 
 Picture = Callable[[], np.ndarray]  # makes the array when called (synthetic clips)
@@ -92,36 +94,41 @@ class Records(Sequence[Record]):
         return iter(self._records)
 
 
+@contextlib.contextmanager
+def reading_picture(path: Path) -> Iterator[None]:
+    """Whatever a library makes of a picture that it cannot read becomes one line with the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except MemoryError:
+        raise InputError(f"{path}: there is not enough memory to decode it") from None
+    except Exception as error:  # Pillow and OpenCV raise many kinds for damaged files
+        raise InputError(f"{path}: not a readable picture ({one_line(error)})") from None
+
+
 def read_as_stored(path: Path) -> np.ndarray:
     """A picture as it is stored: (H, W) or (H, W, channels) uint8, colours as RGB(A).
 
     A palette is not expanded: its indices come back.  16-bit pictures are scaled to 8 bits.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            if picture.mode == "1":
-                picture = picture.convert("L")
-            array = np.array(picture)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a readable picture ({error})") from None
-    if array.dtype != np.uint8:
-        array = np.clip(array.astype(np.float64) / 257.0, 0, 255).round().astype(np.uint8)
+    with reading_picture(path), Image.open(path) as picture:
+        array = np.array(picture.convert("L") if picture.mode == "1" else picture)
+        if array.dtype != np.uint8:
+            array = np.clip(array.astype(np.float64) / 257.0, 0, 255).round().astype(np.uint8)
     return array
 
 
 def read_rgb(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 of any picture, upright: grey is repeated, alpha is dropped."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
+    with reading_picture(path):
         if path.suffix.lower() in (".jpg", ".jpeg"):  # OpenCV decodes these at twice Pillow's rate
             data = path.read_bytes()
-            # It takes a file that was cut off for a whole one: leave it one that has its end mark.
-            if b"\xff\xd9" in data[-4096:]:
+            # It takes a file that was cut off for a whole one: leave it one that has its end mark;
+            # nor does it mind a bomb, which is a large file, too.
+            if b"\xff\xd9" in data[-4096:] and len(data) < 2**22:
                 picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
                 if picture is not None:
                     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
@@ -129,10 +136,6 @@ def read_rgb(path: Path) -> np.ndarray:
             if opened.mode.startswith(("I", "F")):
                 return np.repeat(read_as_stored(path)[:, :, None], 3, axis=2)
             return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a readable picture ({error})") from None
 
 
 def grey(picture: np.ndarray) -> np.ndarray:

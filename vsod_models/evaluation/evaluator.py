@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -233,7 +234,7 @@ def _map(
     """The scores of the jobs, in order."""
     if workers < 1:
         raise InputError(f"workers is {workers} and has to be 1 or more")
-    workers = min(workers, len(jobs))
+    workers = min(workers, len(jobs), 2 * (os.cpu_count() or 1))
     if workers == 1:
         yield from map(_score_file, jobs)
         return
@@ -242,9 +243,13 @@ def _map(
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__])
-    # OpenCV in one thread a worker: they are as many as the cores already.
-    with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         yield from pool.map(_score_file, jobs, chunksize=4)
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)  # workers are as many as the cores already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # goes to all: one line of the first is enough
 
 
 def _score_file(job: tuple[Path, Record, Protocol]) -> tuple[Scores, str | None]:

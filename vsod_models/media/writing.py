@@ -16,7 +16,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from ..errors import InputError
-from ..files import inside, whole_file, whole_folder
+from ..files import inside, temporary_prefix, whole_file, whole_folder
 from .reading import Frame, Pictures, Source
 from .sound import Sound
 
@@ -51,7 +51,7 @@ def open_writer(
     ending = output.suffix.lower()
     part: contextlib.AbstractContextManager[Path]
     if ending in OUTPUT_ENDINGS:
-        part = whole_file(output)
+        part = whole_file(output, new=not overwrite)
     elif output.is_dir() and any(output.iterdir()):
         part = _into_folder(output)
     else:
@@ -120,7 +120,7 @@ def _check_same_size(source: Pictures) -> None:
         try:
             with Image.open(path) as picture:
                 size = picture.size
-        except (OSError, SyntaxError, ValueError):
+        except Exception:  # Pillow raises many kinds
             continue  # the reader says what is wrong with it
         first = first or size
         # A turned photograph swaps its sides: the writer sees to those.
@@ -147,7 +147,8 @@ def _writing(output: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _into_folder(path: Path) -> Iterator[Path]:
     """As `whole_folder`, for one with files in it: those of the same name are replaced."""
-    with tempfile.TemporaryDirectory(prefix=".new-", suffix=".part", dir=path) as part:
+    prefix = temporary_prefix(path)
+    with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=path) as part:
         yield Path(part)
         for file in Path(part).iterdir():
             os.replace(file, path / file.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -22,8 +23,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import InputError
-from ..files import whole_file
+from ..errors import InputError, Stopped, one_line
+from ..files import locked, whole_file
 from ..limits import check_plain
 from ..networks.contract import Trainable
 from ..networks.losses import POSITIVE_WEIGHTS
@@ -132,8 +133,14 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are written completely or not at all."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        with whole_file(path) as part:
-            torch.save(checkpoint, part)
+        try:
+            with whole_file(path) as part:
+                torch.save(checkpoint, part)
+        except RuntimeError as error:  # torch does not say that the disk is full
+            raise InputError(
+                f"{path}: cannot be written, is the disk full? ({one_line(error)}); the checkpoint "
+                "before it is kept"
+            ) from None
 
 
 def make_model(config: Config) -> Trainable:
@@ -176,8 +183,23 @@ def train(
 
     Raises:
         InputError: a run folder that is in use, a recipe that cannot be met, data that is missing.
+        Stopped: by Ctrl-C or SIGTERM; says what is kept.
     """
     check_plain(Config, plain(config), "recipe")
+    # Processes of the same run, which the first one starts, share its lock.
+    first = not any(int(os.environ.get(rank, 0)) for rank in ("LOCAL_RANK", "NODE_RANK"))
+    try:
+        with locked(config.out, "a training") if first else contextlib.nullcontext():
+            return _run(config, resume, callbacks, progress)
+    except KeyboardInterrupt:
+        last = Path(config.out) / "last.ckpt"
+        kept = "stopped before the first checkpoint: nothing is kept"
+        if last.exists():
+            kept = f"stopped: {last} is the last checkpoint; --resume goes on from it"
+        raise Stopped(kept) from None
+
+
+def _run(config: Config, resume: bool, callbacks: Sequence[Callback], progress: Progress) -> Path:
     out = Path(config.out)
     last = out / "last.ckpt"
     start = 0
@@ -245,7 +267,10 @@ def train(
     if trainer.is_global_zero:
         with whole_file(out / "config.yaml") as part:
             part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    trainer.fit(task, loader, ckpt_path=last if start else None, weights_only=True)
+    try:
+        trainer.fit(task, loader, ckpt_path=last if start else None, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
