@@ -174,3 +174,18 @@ def test_cuda_module_loads_without_a_gpu():
         assert module.probe(0) != ""
     else:
         assert module.probe(0) == ""
+
+
+def test_a_wheel_has_what_the_models_read(tmp_path):
+    """Recipes, weights and pages lie in the package, and so does all of its code."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")]
+    egg = ["egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run([*command[:3], *egg, *command[3:]], cwd=ROOT, check=True, capture_output=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "vsod_models"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a checkout")
+    for name in listed.stdout.split():
+        if name != "vsod_models/recipes/small.sh":
+            assert (tmp_path / "built" / name).is_file(), name
