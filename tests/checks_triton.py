@@ -60,9 +60,13 @@ def compile_for(kernel, capability, signature, constants, *, warps, stages, attr
     """`kernel` for an architecture (80, 90, 100), with the options of a launch.
 
     signature: name -> Triton's name of the type, for arguments that are not in `constants`.
+    constants: values by name or, inside a tuple, by path.
     """
     kinds = {n: "constexpr" if n in constants else signature[n] for n in kernel.arg_names}
-    positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    positions = {
+        (kernel.arg_names.index(key),) if isinstance(key, str) else key: value
+        for key, value in constants.items()
+    }
     return triton.compile(
         ASTSource(kernel, kinds, positions, attributes or {}),
         target=GPUTarget("cuda", capability, 32),
@@ -96,3 +100,34 @@ def compilations(function, cases):
             return {case: pool.submit(function, *case) for case in cases}
 
         yield lambda case: begin()[case].result()
+
+
+@contextlib.contextmanager
+def recorded_launches(capability=90):
+    """Inside, Triton kernels are not run: a list of (kernel, what it would be compiled for)."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Device:
+        def get_current_device(self):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+    launches = []
+
+    def launcher(kernel, grid):
+        def launch(*arguments, **named):
+            binder = kernel.create_binder()[-1]
+            _, specialization, _ = binder(*arguments, **named, debug=False)
+            launches.append(
+                (kernel.__name__, dict(zip(kernel.arg_names, specialization, strict=True)))
+            )
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "__getitem__", launcher)
+        patch.setattr(driver, "_active", Device())
+        yield launches

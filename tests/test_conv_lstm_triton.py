@@ -23,13 +23,14 @@ from checks_triton import (
     figures,
     on_device,
     on_gpu,
+    recorded_launches,
     run_in_the_interpreter,
-    triton,
 )
 from checks_triton import compilations as compilations_of
 
+from vsod_ops import triton_tuning
 from vsod_ops.conv_lstm import conv_lstm, op, reference
-from vsod_ops.conv_lstm import triton_kernels as tk
+from vsod_ops.conv_lstm.triton import kernels, launch, plan
 
 
 @compiled_only
@@ -107,23 +108,23 @@ def test_strides_in_nan_filled_memory(order):
 @on_device
 def test_channels_last_x_is_read_where_it_lies(monkeypatch):
     packed = []
-    monkeypatch.setattr(tk, "_pack", lambda planes, rows: packed.append(planes))
+    monkeypatch.setattr(launch, "pack", lambda planes, rows: packed.append(planes))
     x = permuted(torch.randn(2, 1, 32, 3, 5, device=DEVICE), (0, 1, 3, 4, 2))
-    assert tk._as_rows(x).data_ptr() == x.data_ptr() and not packed
-    assert tk._as_rows(x.contiguous()).shape == (2, 1, 15, 32) and len(packed) == 1
+    assert launch.as_rows(x).data_ptr() == x.data_ptr() and not packed
+    assert launch.as_rows(x.contiguous()).shape == (2, 1, 15, 32) and len(packed) == 1
 
 
 def kernel_results(tensors, grad_out, grad_c):
-    kept = tk.forward(*tensors, 1, op.SAVE_GATES)
-    return [*kept, *tk.backward(grad_out, grad_c, *tensors, *kept, 1, [True] * 7)]
+    kept = launch.forward(*tensors, 1, op.SAVE_GATES)
+    return [*kept, *launch.backward(grad_out, grad_c, *tensors, *kept, 1, [True] * 7)]
 
 
 @on_device
 def test_repeats_are_equal_to_the_bit_and_split_sums_are_right():
     tensors = tensors_of(1, 2, 2, 3, 9, 15, torch.float32, kernel=1, peephole="channel")
     x = tensors[0]
-    call = tk._Call(x, tensors[4], tensors[6], 1)
-    assert call.pixels > 4 * tk._INTERPRETER_TILES["weight"].pixels  # so there are partial sums
+    call = launch.Call(x, tensors[4], tensors[6], 1)
+    assert call.pixels > 4 * plan.INTERPRETER_TILES["weight"].pixels  # so there are partial sums
     grad_out, grad_c = (
         torch.randn_like(tensors[1].expand(1, 3, 9, 15)),
         torch.randn_like(tensors[2]),
@@ -142,11 +143,11 @@ def test_repeats_are_equal_to_the_bit_and_split_sums_are_right():
 def test_only_the_gradients_that_are_needed():
     tensors = tensors_of(1, 2, 2, 3, 3, 5, torch.float32, peephole="full")
     grad_out = torch.randn(1, 2, 3, 3, 5, device=DEVICE)
-    kept = tk.forward(*tensors, 1, op.SAVE_GATES)
-    every = tk.backward(grad_out, None, *tensors, *kept, 1, [True] * 7)
+    kept = launch.forward(*tensors, 1, op.SAVE_GATES)
+    every = launch.backward(grad_out, None, *tensors, *kept, 1, [True] * 7)
     masks = [[i == j for i in range(7)] for j in range(7)] + [[False] * 7]
     for needs in masks:
-        grads = tk.backward(grad_out, None, *tensors, *kept, 1, needs)
+        grads = launch.backward(grad_out, None, *tensors, *kept, 1, needs)
         for need, gradient, expected in zip(needs, grads, every, strict=True):
             if need:
                 torch.testing.assert_close(gradient, expected)
@@ -172,14 +173,14 @@ def test_one_output_alone_has_a_gradient(which):
 @on_device
 def test_what_forward_keeps():
     tensors = tensors_of(**SMALL, dtype=torch.float32, peephole="channel")
-    out, c_last, cells, gates = tk.forward(*tensors, 1, op.SAVE_GATES)
+    out, c_last, cells, gates = launch.forward(*tensors, 1, op.SAVE_GATES)
     expected = reference.forward(*tensors, 1, op.SAVE_GATES)
     for actual, wanted in zip((out, c_last, cells), expected, strict=False):
         assert actual.is_contiguous()
         torch.testing.assert_close(actual, wanted)
     assert gates.shape == expected[3].shape
     for save in (op.SAVE_NOTHING, op.SAVE_CELLS):
-        less = tk.forward(*tensors, 1, save)
+        less = launch.forward(*tensors, 1, save)
         assert torch.equal(less[0], out) and torch.equal(less[1], c_last)
         assert less[2].shape == (cells.shape if save else (0,)) and less[3].shape == (0,)
 
@@ -203,7 +204,9 @@ def test_ends_of_the_range():
     n = len(values)
     x, weight_ih = torch.zeros(1, 1, 1, 1, 1, device=DEVICE), torch.zeros(4 * n, 1, 1, 1).to(DEVICE)
     weight_hh = torch.zeros(4 * n, n, 1, 1, device=DEVICE)
-    kept = tk.forward(x, None, None, weight_ih, weight_hh, values.repeat(4), None, 1, op.SAVE_GATES)
+    kept = launch.forward(
+        x, None, None, weight_ih, weight_hh, values.repeat(4), None, 1, op.SAVE_GATES
+    )
     i, f, g, o = kept[3].view(4, n).double()
     sigmoid, tanh = values.double().sigmoid(), values.double().tanh()
     for actual, expected in ((i, sigmoid), (f, sigmoid), (o, sigmoid), (g, tanh)):
@@ -219,7 +222,7 @@ def test_nan_and_inf_reach_the_same_elements_as_in_the_reference():
     tensors[0][0, 0, 1, 2, 3] = math.nan
     tensors[0][0, 1, 0, 6, 8] = math.inf
     for actual, expected in zip(
-        tk.forward(*tensors, 1, op.SAVE_CELLS), reference.forward(*tensors, 1, 1), strict=True
+        launch.forward(*tensors, 1, op.SAVE_CELLS), reference.forward(*tensors, 1, 1), strict=True
     ):
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -227,7 +230,7 @@ def test_nan_and_inf_reach_the_same_elements_as_in_the_reference():
 @on_device
 def test_huge_dilation_leaves_the_middle_tap():
     tensors = tensors_of(1, 1, 2, 3, 3, 4, torch.float32)
-    out = tk.forward(*tensors, 2**40, op.SAVE_NOTHING)[0]
+    out = launch.forward(*tensors, 2**40, op.SAVE_NOTHING)[0]
     middle = [t[..., 1:2, 1:2].contiguous() if t.dim() == 4 else t for t in tensors[3:5]]
     expected = reference.forward(*tensors[:3], *middle, *tensors[5:], 1, op.SAVE_NOTHING)[0]
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -236,62 +239,105 @@ def test_huge_dilation_leaves_the_middle_tap():
 def test_too_many_pixels_is_an_error():
     x = torch.empty(1, 1, 1, 1, 1).expand(1, 2**12, 1, 2**10, 2**10)
     with pytest.raises(ValueError, match="x has 4294967296 pixels"):
-        tk._Call(x, torch.empty(4, 1, 1, 1), None, 1)
+        launch.Call(x, torch.empty(4, 1, 1, 1), None, 1)
 
 
 @compiled_only
 def test_nothing_is_timed_again_when_only_the_batch_changes(monkeypatch):
     timed = []
 
-    def bench(function, **_):
-        timed.append(function.__defaults__[0])
+    def milliseconds(launch, tile):
+        timed.append(tile)
         # Twice the tile in 1.5 times the time.
-        return 1.5 if timed[-1].pixels * timed[-1].channels >= 4096 else 1.0
+        return 1.5 if tile.pixels * tile.channels >= 4096 else 1.0
 
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
-    monkeypatch.setattr(tk, "_rates", {})
-    monkeypatch.setattr(tk, "_device", lambda index: tk._Device(9, 132, 232448))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    x = torch.empty(1, dtype=torch.bfloat16)
+    monkeypatch.setattr(triton_tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(triton_tuning, "is_capturing", lambda: False)
+    monkeypatch.setattr(launch, "timings", triton_tuning.Timings())
+    call = launch.Call(
+        torch.empty(1, 1, 64, 64, 64, dtype=torch.bfloat16), torch.empty(256, 64, 3, 3), None, 1
+    )
     chosen = {}
     for batch in (1, 2, 4, 8, 64):
-        chosen[batch] = tk._choose(
-            *("forward", x, ("shape",), "ieee", True),
-            lambda t, batch=batch: triton.cdiv(
-                triton.cdiv(4096 * batch, t.pixels) * triton.cdiv(64, t.channels), 132
+        chosen[batch] = call.choose_tile(
+            *("forward", ("shape",)),
+            lambda t, batch=batch: plan.cdiv(
+                plan.cdiv(4096 * batch, t.pixels) * plan.cdiv(64, t.channels), 132
             ),
             lambda t: None,
         )
-    assert len(timed) == len(tk._TILES["forward", "hopper", "half"])
+    assert len(timed) == len(plan.TILES["forward", "hopper", "half"])
     assert chosen[64].pixels >= chosen[1].pixels
 
 
+@compiled_only
+def test_steps_are_not_compiled_in(monkeypatch):
+    """More steps, another step or a larger batch need no kernel of their own."""
+    device = triton_tuning.Device(8, 108, SHARED_MEMORY[80])
+    monkeypatch.setattr(triton_tuning, "describe", lambda index: device)
+    monkeypatch.setattr(triton_tuning, "is_capturing", lambda: True)  # so nothing is timed
+    variants = []
+    for batch, steps in ((2, 4), (3, 18), (17, 33)):
+        with recorded_launches(80) as launches:
+            for save in (op.SAVE_NOTHING, op.SAVE_CELLS, op.SAVE_GATES):
+                sizes = (batch, steps, 3, 5, 4, 8)
+                tensors = tensors_of(*sizes, torch.bfloat16, kernel=1, peephole="channel")
+                kept = launch.forward(*tensors, 1, save)
+                if save:
+                    launch.backward(kept[0], None, *tensors, *kept, 1, [True] * 7)
+        variants.append({(name, str(kinds)) for name, kinds in launches})
+    assert variants[0] == variants[1] == variants[2]
+    names = [name for name, _ in variants[0]]
+    assert names.count("conv_lstm_fwd_kernel") <= 8 and names.count("conv_lstm_bwd_kernel") <= 4
+
+
 KERNELS = {
-    "forward": tk.conv_lstm_fwd_kernel,
-    "backward": tk.conv_lstm_bwd_kernel,
-    "input": tk.conv_lstm_bwd_input_kernel,
-    "weight": tk.conv_lstm_bwd_weight_kernel,
-    "sums": tk.conv_lstm_bwd_sums_kernel,
-    "pack": tk.conv_lstm_pack_kernel,
+    "forward": kernels.conv_lstm_fwd_kernel,
+    "backward": kernels.conv_lstm_bwd_kernel,
+    "input": kernels.conv_lstm_bwd_input_kernel,
+    "weight": kernels.conv_lstm_bwd_weight_kernel,
+    "sums": kernels.conv_lstm_bwd_sums_kernel,
+    "pack": kernels.conv_lstm_pack_kernel,
 }
 FLOAT_POINTERS = {"p_c", "p_c_new", "p_c_last", "p_cells", "p_dc", "p_dc_new"}
 FLOAT_POINTERS |= {"p_partial", "p_sums", "p_full"}
 # Multiples of 16 whatever the shape; and those that are where H * W is.
 PADDED = {"CP", "MP", "depth", "width_ih", "width_hh"}
 ALIGNED = {"area", "width", "height", "hidden", "n_channels"}
+BUNDLES = {
+    "size": (kernels.Sizes, ""),
+    "grad": (kernels.Strided, "grad."),
+    "planes": (kernels.Strided, "planes."),
+}
 
 
 def compile_kernel(kernel, capability, dtype, constants, warps, stages, aligned=True):
     """The kernel for an architecture, with every pointer given."""
-    signature, attributes = {}, {}
+    signature, attributes, positions = {}, {}, {}
+
+    def parameter(name, path):
+        """What the compiler is told about an argument, or about an entry of one."""
+        pointer = name.startswith("p_") or name.endswith(".p")
+        if name in PADDED or pointer or (aligned and name in ALIGNED):
+            attributes[path] = [["tt.divisibility", 16]]
+        if name in constants:
+            positions[path] = constants[name]
+            return "constexpr"
+        if pointer:
+            return "*fp32" if name in FLOAT_POINTERS else "*" + TYPE_NAMES[dtype]
+        return "i32"
+
     for index, name in enumerate(kernel.arg_names):
-        signature[name] = "i32"
-        if name.startswith("p_"):
-            signature[name] = "*fp32" if name in FLOAT_POINTERS else "*" + TYPE_NAMES[dtype]
-        if name in PADDED or name.startswith("p_") or (aligned and name in ALIGNED):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if name == "at":
+            signature[name] = kernels.Steps("i32", *[kernels.At("i32", "i32")] * 5)
+        elif name in BUNDLES:
+            bundle, prefix = BUNDLES[name]
+            entries = enumerate(bundle._fields)
+            signature[name] = bundle(*(parameter(prefix + x, (index, i)) for i, x in entries))
+        else:
+            signature[name] = parameter(name, (index,))
     return compile_for(
-        kernel, capability, signature, constants,
+        kernel, capability, signature, positions,
         warps=warps, stages=stages, attributes=attributes,
     )  # fmt: skip
 
@@ -313,12 +359,12 @@ def compile_cases():
     machines = [(c, bf16, "ieee", a) for c in (90, 80, 100) for a in (True, False)]
     machines += [(90, fp32, precision, a) for precision in ("ieee", "tf32") for a in (True, False)]
     for capability, dtype, precision, aligned in machines:
-        device = tk._Device(capability // 10, 132, SHARED_MEMORY[capability])
+        device = triton_tuning.Device(capability // 10, 132, SHARED_MEMORY[capability])
         for kind in ("forward", "backward", "weight") if aligned else ("forward", "backward"):
-            for tile in tk.admitted_tiles(kind, device, dtype, precision, aligned):
+            for tile in plan.admitted_tiles(kind, device, dtype, precision, aligned):
                 yield kind, capability, dtype, precision, aligned, tile
         if aligned:
-            tile = tk.admitted_tiles("backward", device, dtype, precision, aligned)[0]
+            tile = plan.admitted_tiles("backward", device, dtype, precision, aligned)[0]
             yield "input", capability, dtype, precision, aligned, tile
 
 
@@ -348,11 +394,11 @@ def test_compiles_without_spills(case, compilations):
 @compiled_only
 @pytest.mark.parametrize("capability", (80, 90, 100))
 def test_small_kernels_compile_without_spills(capability):
-    pixels, channels = tk._SUMS_TILE
+    pixels, channels = plan.SUMS_TILE
     sums = {"PEEPHOLE": True, "BP": pixels, "BM": channels}
-    pixels, channels = tk._PACK_TILE
+    pixels, channels = plan.PACK_TILE
     pack = {"BP": pixels, "BC": channels}
-    pointwise = tk._POINTWISE_TILE
+    pointwise = plan.POINTWISE_TILE
     backward = {"K": 3, "PRECISION": "ieee", "INTERPRET": False, "FULL": True, "p_weight": None}
     backward |= {"BP": pointwise.pixels, "BM": pointwise.channels, "BK": pointwise.depth}
     for kind, constants in (("sums", sums), ("pack", pack), ("backward", backward)):
@@ -372,13 +418,13 @@ ONES = dict.fromkeys(("hidden", "n_channels", "height", "width", "area", "dilati
         ("forward", "p_h p_c p_peephole p_gates p_h_new", {}),
         ("forward", "p_bias", ONES),
         ("forward", "p_out p_h_new p_h p_c", {}),
-        ("backward", "p_grad p_dc", ONES),
+        ("backward", "grad.p p_dc", ONES),
         ("backward", "p_c p_peephole", {}),
         ("input", "", ONES),
         ("weight", "", ONES),
         ("sums", "p_c p_full", ONES),
         ("sums", "p_c", {}),
-        ("pack", "", ONES | dict.fromkeys(("s_b", "s_t", "s_c", "s_y", "s_x"), 1)),
+        ("pack", "", ONES | dict.fromkeys((f"planes.{axis}" for axis in "btcyx"), 1)),
     ],
 )
 def test_compiles_without_some_pointers_and_with_sizes_of_1(kind, missing, sizes):
@@ -387,7 +433,6 @@ def test_compiles_without_some_pointers_and_with_sizes_of_1(kind, missing, sizes
     constants |= {"BP": 32, "BM": 16, "BN": 16, "BK": 16, "BC": 16, "PEEPHOLE": True}
     constants |= sizes | dict.fromkeys(missing.split())
     kernel = KERNELS[kind]
-    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
     assert figures(compile_kernel(kernel, 90, torch.bfloat16, constants, 4, 2))[1] == 0
 
 
@@ -428,11 +473,11 @@ class TestOnAGPU:
 
     def test_tf32_follows_torch(self):
         tensors = tensors_of(1, 1, 64, 64, 16, 16, torch.float32)
-        exact = tk.forward(*tensors, 1, op.SAVE_NOTHING)[0]
+        exact = launch.forward(*tensors, 1, op.SAVE_NOTHING)[0]
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("high")
-            rounded = tk.forward(*tensors, 1, op.SAVE_NOTHING)[0]
+            rounded = launch.forward(*tensors, 1, op.SAVE_NOTHING)[0]
         finally:
             torch.set_float32_matmul_precision(before)
         assert not torch.equal(exact, rounded)

@@ -2,8 +2,11 @@
 
 function   public functions: argument checks, autocast
 op         torch op: schema, fake kernel, autograd, choice of backend
-reference  the definition, in plain PyTorch (csrc/conv_lstm/ holds the CPU kernel)
+reference  the definition, in plain PyTorch
+triton/    GPU kernels for any number of channels, backend "triton"
 module     ConvLSTM, stacked layers, and converters for weights from elsewhere
+
+Backends "cpu" and "cuda" (few channels) are in csrc/conv_lstm/, "reference" in reference.py.
 """
 
 from .function import conv_lstm, conv_lstm_cell

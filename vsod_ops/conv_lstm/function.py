@@ -58,6 +58,18 @@ def conv_lstm(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+
+    Example:
+        From 3 to 8 channels, four steps, then two more from the state that they left:
+
+        >>> weight_ih, weight_hh = torch.randn(32, 3, 3, 3), torch.randn(32, 8, 3, 3)
+        >>> x = torch.randn(1, 6, 3, 16, 16)
+        >>> out, state = conv_lstm(x[:, :4], None, weight_ih, weight_hh)
+        >>> out.shape, state[1].shape
+        (torch.Size([1, 4, 8, 16, 16]), torch.Size([1, 8, 16, 16]))
+        >>> rest, state = conv_lstm(x[:, 4:], state, weight_ih, weight_hh)
+        >>> rest.shape
+        torch.Size([1, 2, 8, 16, 16])
     """
     _check_tensor("x", x, 5, "(B, T, C, H, W)")
     return _conv_lstm(
@@ -77,7 +89,15 @@ def conv_lstm_cell(
     recompute: bool = False,
     backend: str | None = None,
 ) -> State:
-    """One step of :func:`conv_lstm`: x is (B, C, H, W), the result is the new state (h, c)."""
+    """One step of :func:`conv_lstm`: x is (B, C, H, W), the result is the new state (h, c).
+
+    Example:
+        >>> weight_ih, weight_hh = torch.randn(32, 3, 3, 3), torch.randn(32, 8, 3, 3)
+        >>> h, c = conv_lstm_cell(torch.randn(1, 3, 16, 16), None, weight_ih, weight_hh)
+        >>> h, c = conv_lstm_cell(torch.randn(1, 3, 16, 16), (h, c), weight_ih, weight_hh)
+        >>> h.shape
+        torch.Size([1, 8, 16, 16])
+    """
     _check_tensor("x", x, 4, "(B, C, H, W)")
     _, state = _conv_lstm(
         *(x.unsqueeze(1), state, weight_ih, weight_hh, bias, weight_peephole),

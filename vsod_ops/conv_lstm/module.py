@@ -37,6 +37,12 @@ class ConvLSTM(nn.Module):
         x (B, T, C, H, W), state (h, c), each (num_layers * directions, B, M, H, W), or None for
         zeros -> out (B, T, directions * M, H, W) and the state after the last step.  Layers come
         in order, and the reverse direction after the forward one of its layer.
+
+    Example:
+        >>> lstm = ConvLSTM(3, 8, kernel_size=3, num_layers=2)
+        >>> out, (h, c) = lstm(torch.randn(1, 4, 3, 16, 16))
+        >>> out.shape, c.shape
+        (torch.Size([1, 4, 8, 16, 16]), torch.Size([2, 1, 8, 16, 16]))
     """
 
     def __init__(

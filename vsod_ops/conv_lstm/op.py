@@ -115,9 +115,9 @@ def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, sav
     if chosen == "cuda":
         return torch.ops.vsod_ops.conv_lstm_cuda(*inputs, dilation, save)
     if chosen == "triton":
-        from . import triton_kernels
+        from .triton import launch
 
-        return triton_kernels.forward(*inputs, dilation, save)
+        return launch.forward(*inputs, dilation, save)
     return reference.forward(*inputs, dilation, save)
 
 
@@ -141,9 +141,9 @@ def _backward(
             for g, t, need in zip(wide, inputs, needs, strict=True)
         )
     if chosen == "triton":
-        from . import triton_kernels
+        from .triton import launch
 
-        return triton_kernels.backward(*grads, *inputs, *kept, dilation, needs)
+        return launch.backward(*grads, *inputs, *kept, dilation, needs)
     return reference.backward(*grads, *inputs, *kept, dilation, needs)
 
 

@@ -3,7 +3,8 @@
 function   public function: argument checks, presets
 op         torch op: schema, fake kernel, autograd, checks of values, choice of backend
 reference  the definition, all pairs of pixels, in plain PyTorch
-(csrc/dense_crf/ holds the compiled kernels)
+
+Backends "cpu" and "cuda" are in csrc/dense_crf/, "reference" in reference.py.
 """
 
 from .function import PRESETS, dense_crf

@@ -83,6 +83,16 @@ def dense_crf(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+
+    Example:
+        A map that is unsure of everything right of the middle, where the image is one colour:
+
+        >>> image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        >>> image[..., 4:] = 200
+        >>> prob = torch.full((1, 8, 8), 0.1)
+        >>> prob[..., 4:] = torch.tensor([0.9, 0.4, 0.9, 0.9])
+        >>> (dense_crf(prob, image) > 0.5)[0, 0].tolist()
+        [False, False, False, False, True, True, True, True]
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {tuple(PRESETS)}, got {preset!r}")

@@ -3,8 +3,10 @@
 function   public function: argument checks, autocast
 op         torch op: schema, fake kernel, autograd, choice of backend
 reference  the definition, in plain PyTorch
-triton_kernels  GPU kernels (csrc/shunted_attention/ holds the CPU kernel)
+triton/    GPU kernels, backend "triton"
 module     ShuntedAttention, the layer over video tokens
+
+Backend "cpu" is in csrc/shunted_attention/, "reference" in reference.py.
 """
 
 from .function import shunted_attention

@@ -47,6 +47,15 @@ def shunted_attention(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+
+    Example:
+        Four heads over a clip of 5 frames of 28 x 28 tokens, two of them at an eighth of the keys:
+
+        >>> q = torch.randn(1, 4, 5 * 28 * 28, 64)
+        >>> keys = [torch.randn(1, 2, 5 * 28 * 28, 64), torch.randn(1, 2, 3 * 14 * 14, 64)]
+        >>> values = [torch.randn_like(k) for k in keys]
+        >>> shunted_attention(q, keys, values).shape
+        torch.Size([1, 4, 3920, 64])
     """
     keys, values = _check(q, keys, values)
     if scale is None:

@@ -66,6 +66,11 @@ class ShuntedAttention(nn.Module):
 
     Shape:
         x (B, T, H, W, C) -> (B, T, H, W, C).
+
+    Example:
+        >>> layer = ShuntedAttention(64, num_heads=4, reductions=(1, 2))
+        >>> layer(torch.randn(1, 5, 14, 14, 64)).shape
+        torch.Size([1, 5, 14, 14, 64])
     """
 
     def __init__(

@@ -47,9 +47,9 @@ def _forward(q, keys, values, scale, backend):
     if chosen == "cpu":
         return torch.ops.vsod_ops.shunted_attention_cpu(q, keys, values, scale)
     if chosen == "triton":
-        from . import triton_kernels
+        from .triton import launch
 
-        return triton_kernels.forward(q, keys, values, scale)
+        return launch.forward(q, keys, values, scale)
     return reference.forward(q, keys, values, scale)
 
 
@@ -63,9 +63,9 @@ def _backward(grad_out, q, keys, values, out, lse, scale, need_q, need_keys, nee
     if chosen == "cpu":
         return torch.ops.vsod_ops.shunted_attention_backward_cpu(*tensors, *needs)
     if chosen == "triton":
-        from . import triton_kernels
+        from .triton import launch
 
-        return triton_kernels.backward(*tensors, *needs)
+        return launch.backward(*tensors, *needs)
     dq, dkeys, dvalues = reference.backward(*tensors)
     return (
         dq if need_q else q.new_empty(0),
