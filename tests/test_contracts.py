@@ -8,6 +8,7 @@ from torch import nn
 pytest.importorskip("lightning")
 pytest.importorskip("av")
 
+from vsod_models.cli.app import in_flags
 from vsod_models.networks.contract import Loss, SaliencyModel, Trainable
 from vsod_models.prediction import VideoPredictor
 from vsod_models.prior.flow import FlowMagnitude
@@ -156,3 +157,15 @@ def test_the_prior_of_a_run_is_loaded_once_and_its_maps_are_kept(toy, tmp_path, 
     assert loaded == ["flow-magnitude"] and moved == [torch.device("cpu")]
     # Two clips to train on and one that is scored twice, of three frames each.
     assert len(made) == 9 == len(list((tmp_path / "priors").rglob("*.png")))
+
+
+def test_the_command_says_flags_where_the_library_says_arguments():
+    for argument, flag in (
+        ("a.mp4: exists already; give another name or overwrite=True", "name or --overwrite"),
+        ("no saliency map (allow_missing=True skips such frames)", r"(--allow-missing skips"),
+        ("view must be one of mask, got x", "--as must be one of mask, got x"),
+        ("a.mp4: .mp4 has no alpha; take view='cutout'", "take --as cutout"),
+        ("host 0.0.0.0 needs a token: everybody", "--host 0.0.0.0 needs --token: everybody"),
+        ("a review must be read", "a review must be read"),
+    ):
+        assert flag in in_flags(argument)

@@ -120,7 +120,7 @@ def test_token():
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "example.org", "::"])
 def test_other_machines_need_a_token(host):
-    with pytest.raises(InputError, match=r"--host .* needs --token: everybody"):
+    with pytest.raises(InputError, match=r"^host .* needs a token: everybody"):
         Settings(["mssa-tiny"], host)
     with pytest.raises(InputError, match="8 characters"):
         Settings(["mssa-tiny"], host, token="short")

@@ -106,10 +106,22 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+# What the library calls an argument, and the command a flag of another look.
+FLAGS = (
+    (r"\bview='(\w+)'", r"--as \1"),
+    (r"^view must", "--as must"),
+    (r"^max_mb must", "--max-mb must"),
+    (r"^token has", "--token has"),
+    (r"^host (\S+) needs a token", r"--host \1 needs --token"),
+)
+
+
 def in_flags(message: str) -> str:
     """A message of the library, which names arguments, as one of the command."""
     message = re.sub(r"\b(\w+)=True\b", lambda m: "--" + m[1].replace("_", "-"), message)
-    return re.sub(r"\bview='(\w+)'", r"--as \1", message).replace("view must", "--as must", 1)
+    for argument, flag in FLAGS:
+        message = re.sub(argument, flag, message)
+    return message
 
 
 def explained(error: Exception) -> tuple[int, str]:

@@ -57,13 +57,13 @@ class Settings:
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and not self.token:
             raise InputError(
-                f"--host {self.host} needs --token: everybody who reaches this machine could use "
+                f"host {self.host} needs a token: everybody who reaches this machine could use "
                 "it, read what others upload and change labels"
             )
         if self.token is not None and len(self.token) < 8:
-            raise InputError("--token has to be at least 8 characters")
+            raise InputError("token has to be at least 8 characters")
         if self.max_mb <= 0:
-            raise InputError(f"--max-mb must be above 0, got {self.max_mb:g}")
+            raise InputError(f"max_mb must be above 0, got {self.max_mb:g}")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -240,9 +240,7 @@ def serve(settings: Settings, *, open_browser: bool = True) -> None:
         listening.bind((settings.host, settings.port))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"--host {settings.host} --port {settings.port}: {reason.lower()}"
-        ) from None
+        raise InputError(f"host {settings.host}, port {settings.port}: {reason.lower()}") from None
     port = listening.getsockname()[1]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     shown = f"[{shown}]" if ":" in shown and "[" not in shown else shown

@@ -195,7 +195,7 @@ def train(
         last = Path(config.out) / "last.ckpt"
         kept = "stopped before the first checkpoint: nothing is kept"
         if last.exists():
-            kept = f"stopped: {last} is the last checkpoint; --resume goes on from it"
+            kept = f"stopped: {last} is the last checkpoint; resume=True goes on from it"
         raise Stopped(kept) from None
 
 
