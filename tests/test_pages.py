@@ -43,6 +43,36 @@ def test_each_command_sets_itself_up():
         assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[")
 
 
+def test_the_tests_have_every_extra():
+    """A test that skips for want of a package is not run."""
+    project = (ROOT / "pyproject.toml").read_text()
+    section = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", project, re.S)[1]
+    extras = set(re.findall(r"^([\w-]+) = ", section, re.M))
+    installed = re.search(r"'\.\[([\w,-]+)\]'", command("tests"))[1]
+    assert set(installed.split(",")) == extras
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert (
+        set(re.findall(r"^\| `([\w-]+)` \| (?!\d)", page.split("| variable |")[0], re.M)) == extras
+    )
+
+
+def test_the_map_names_what_is_there():
+    """Every path in CONTRIBUTING.md, and every room of its tree."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:vsod_ops|vsod_models|csrc|tests|docs|benchmarks)/[^`\s]+)`", page)
+    top = ""
+    for line in re.search(r"```\n(vsod_ops/.*?)```", page, re.S)[1].splitlines():
+        indent, names = re.match(r"( *)((?:\S+  ?)*)", line).groups()
+        if len(indent) == 0:
+            top = names.split()[0]
+            paths.append(top)
+        elif len(indent) == 2:
+            paths += [top + name for name in names.split() if name.endswith(("/", ".py"))]
+    assert len(paths) > 40
+    for path in paths:
+        assert any(ROOT.glob(path.rstrip("/"))), path
+
+
 def test_commits_are_linted_as_in_ci():
     """By the same programs, in the same versions."""
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
