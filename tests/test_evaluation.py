@@ -345,7 +345,7 @@ def test_wrong_arrays(prediction, mask, message):
 def test_no_frames_and_no_such_protocol():
     with pytest.raises(ValueError, match="no frames"):
         SaliencyEvaluator().result()
-    with pytest.raises(InputError, match="'davis': there is davsod and frame"):
+    with pytest.raises(InputError, match="'davis': there are davsod and frame"):
         SaliencyEvaluator("davis")
 
 
@@ -561,7 +561,7 @@ def test_command_refuses(vsod_eval, tmp_path):
     folder = vsod_eval.predictions
     (tmp_path / "file").write_text("")
     for arguments, message in (
-        (["--pred", folder, "--protocol", "davis"], "protocol 'davis': there is davsod and frame"),
+        (["--pred", folder, "--protocol", "davis"], "protocol 'davis': there are davsod and frame"),
         (["--pred", folder, "--curves", tmp_path / "o.txt"], "has to end in .png, .svg or .pdf"),
         (["--pred", folder, "--pred", folder], "give it a name of its own, as in NAME="),
         (["--pred", folder, "--json", tmp_path / "file" / "o.json"], "file: file exists"),

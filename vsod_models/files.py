@@ -30,7 +30,7 @@ Name = TypeVar("Name", str, Path)
 
 
 def is_picture(path: Path) -> bool:
-    """By the ending of its name."""
+    """Whether its name ends as that of a picture."""
     return path.suffix.lower() in PICTURE_ENDINGS
 
 

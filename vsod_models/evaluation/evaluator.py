@@ -170,9 +170,9 @@ def evaluate_folder(
 ) -> Evaluation:
     """Evaluates `<predictions>/<sequence>/<frame>.png` against the annotated frames of `records`.
 
-    Runs in `workers` processes, in this one for 1.  A prediction that the protocol uses and that
-    is not there is an InputError naming all such, or with `allow_missing` left out and listed in
-    the result.  `advance(completed=..., total=...)` is called after each frame.
+    Runs in `workers` processes; for 1, in this one.  Missing predictions that the protocol uses
+    are an InputError that names them all or, with `allow_missing`, are left out and listed in the
+    result.  `advance(completed=..., total=...)` is called after each frame.
     """
     chosen = get_protocol(protocol)
     annotated = {
@@ -266,7 +266,7 @@ def _score_file(job: tuple[Path, Record, Protocol]) -> tuple[Scores, str | None]
 
 
 def _check_folder(predictions: Path, records: Records) -> list[str]:
-    """The folders in `predictions` that are no sequence of the dataset."""
+    """The folders in `predictions` that are not sequences; InputError if none is one."""
     if not predictions.is_dir():
         raise InputError(f"{predictions}: not a folder of predictions")
     entries = sorted(predictions.iterdir())

@@ -119,7 +119,7 @@ def _confusion(
 def enhanced_alignment(tp: Any, fp: Any, fn: Any, tn: Any) -> Any:
     """E-measure (Fan et al., IJCAI 2018) of a binary map from its four pixel counts.
 
-    Every pixel of one of the four kinds has the same alignment, so the sum over pixels is one over
+    Pixels of the same kind have the same alignment, so the sum over pixels is one over the four
     kinds.  Numbers or arrays; divided by the pixels less one, as its authors do.
     """
     size = tp + fp + fn + tn
@@ -138,9 +138,10 @@ def enhanced_alignment(tp: Any, fp: Any, fn: Any, tn: Any) -> Any:
 def weighted_f_measure(saliency: np.ndarray, mask: np.ndarray) -> float:
     """Weighted F-measure (Margolin et al., CVPR 2014), 0 without foreground.
 
-    `saliency` (H, W) float64 in [0, 1], `mask` (H, W) bool.  Equal to the library's to 1e-6 in a
-    third of its time, of which it is two thirds: only errors in the foreground are smoothed, so
-    the nearest foreground pixel is looked for no farther from it than the Gaussian reaches.
+    `saliency` (H, W) float64 in [0, 1], `mask` (H, W) bool.  Equals the library's to 1e-6 in a
+    third of the time, the library's being two thirds of all that a frame takes: only errors in the
+    foreground are smoothed, so the nearest foreground pixel is searched for no farther away than
+    the Gaussian reaches.
     """
     if not mask.any():
         return 0.0

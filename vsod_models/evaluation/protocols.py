@@ -1,4 +1,4 @@
-"""What a table of numbers leaves unsaid.  docs/evaluation.md says what each protocol does."""
+"""Evaluation protocols; docs/evaluation.md says what each of them does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PROTOCOLS = {
 
 def get_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
-        raise InputError(f"protocol {name!r}: there is {' and '.join(PROTOCOLS)}")
+        raise InputError(f"protocol {name!r}: there are {' and '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 

@@ -42,7 +42,7 @@ class Source:
 
 @dataclass
 class Shape:
-    """Of the batches that alternate: `clips` clips of `clip_length` frames of `size`."""
+    """What some of the batches look like: `clips` clips of `clip_length` frames of `size`."""
 
     size: SizeList = field(default_factory=lambda: [224, 224])  # height, width
     clip_length: Frames = 1
@@ -119,8 +119,8 @@ def find_recipe(name: str | Path) -> Path:
     """The file of that name or, if there is none, the recipe of that name in the package.
 
     Args:
-        name: "my.yaml" or any other path; "mssa-finetune", of the package; "recipes/" before and
-            ".yaml" after that may stay.
+        name: a path such as "my.yaml"; or "mssa-finetune", "recipes/mssa-finetune.yaml", of the
+            package.
 
     Raises:
         InputError: neither is there; lists the names of the package.
@@ -139,7 +139,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def read_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A recipe with `key=value` (dotted, YAML values) laid over it.
+    """Reads a recipe and applies overrides: `key=value`, with dotted keys and YAML values.
 
     A recipe may name another one beside it, `base: other.yaml`, which it then changes.
 
