@@ -59,3 +59,12 @@ class Served:
         self.process.terminate()
         self.process.wait(20)
         self.process.stdout.close()
+
+
+def assert_fits_and_has_names(page, width):
+    """Nothing is wider than the window, and whatever takes input has a name."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    nameless = page.evaluate("""[...document.querySelectorAll("button, select, input")]
+        .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
+        .map((one) => one.id)""")
+    assert nameless == []

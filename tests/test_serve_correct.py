@@ -10,7 +10,7 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("skimage", reason="the extra `models` is not installed")
 pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 
-from browser import Served, browser, opened  # noqa: F401
+from browser import Served, assert_fits_and_has_names, browser, opened  # noqa: F401
 from checks_labels import RIGHT, SIZE, SMALL, WRONG, block, labelled_clips, remade
 
 
@@ -245,8 +245,4 @@ def test_fits_and_has_names(browser, served, width, scheme):  # noqa: F811
     size = {"width": width, "height": 800}
     with opened(browser, served.address, viewport=size, color_scheme=scheme) as page:
         page.wait_for_selector("#easel[data-shown]")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        nameless = page.evaluate("""[...document.querySelectorAll("button, select, input")]
-            .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
-            .map((one) => one.id)""")
-        assert nameless == []
+        assert_fits_and_has_names(page, width)

@@ -6,7 +6,7 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("av", reason="the extra `models` is not installed")
 pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 
-from browser import Served, browser, opened  # noqa: F401
+from browser import Served, assert_fits_and_has_names, browser, opened  # noqa: F401
 from clips import decode, make_video, sound_packets
 
 PIXEL = """([x, y]) => {
@@ -145,11 +145,7 @@ def test_fits_and_has_names(browser, served, width, scheme):  # noqa: F811
     size = {"width": width, "height": 800}
     with opened(browser, served.address, viewport=size, color_scheme=scheme) as page:
         page.wait_for_selector("#model option", state="attached")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        nameless = page.evaluate("""[...document.querySelectorAll("button, select, input")]
-            .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
-            .map((one) => one.id)""")
-        assert nameless == []
+        assert_fits_and_has_names(page, width)
 
 
 def test_nothing_is_loaded_from_elsewhere(browser, served):  # noqa: F811
