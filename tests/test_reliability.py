@@ -11,7 +11,9 @@ import sys
 import time
 import zlib
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("cv2", reason="the extra `models` is not installed")
 pytest.importorskip("typer", reason="the extra `models` is not installed")
@@ -19,12 +21,17 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("av", reason="the extra `models` is not installed")
 Image = pytest.importorskip("PIL.Image")
 
+from clips import decode, make_video, sound_packets, turn  # noqa: E402
 from trees import davis, image, text  # noqa: E402
 
 from vsod_models import cli  # noqa: E402
 from vsod_models.cli import app as application  # noqa: E402
 from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
+from vsod_models.media import sound  # noqa: E402
+from vsod_models.media.reading import open_source  # noqa: E402
+from vsod_models.media.writing import open_writer  # noqa: E402
+from vsod_models.prediction import VideoPredictor  # noqa: E402
 
 
 def vsod(capsys, *arguments):
@@ -258,3 +265,152 @@ def test_a_name_with_a_digit_that_is_no_number(tmp_path):
         os.rename(root / folder / f"480p/bear/00001.{ending}",
                   root / folder / f"480p/bear/1\u00b22.{ending}")  # fmt: skip
     assert len(open_dataset("davis16", root, "all")) == 5
+
+
+# ---- videos
+
+
+@pytest.mark.parametrize("codec", ["libmp3lame", "pcm_s16le", "aac"])
+@pytest.mark.parametrize("ending", [".mp4", ".mov", ".webm"])
+def test_sound_of_an_avi_is_kept(tmp_path, codec, ending):
+    path = make_video(tmp_path / "clip.avi", 12, codec="mpeg4", sound=codec)
+    source, output = open_source(path), tmp_path / f"out{ending}"
+    with open_writer(output, source) as writer:
+        for frame in source:
+            writer.write(frame.picture, frame)
+        writer.close()
+    assert not writer.notes
+    assert len(decode(output)[0]) == 12
+    _, packets = sound_packets(output)
+    assert 0.3 < float(packets[-1][1]) < 0.6 and abs(float(packets[0][1])) < 0.1
+
+
+def test_sound_that_cannot_be_kept_costs_the_sound_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sound, "_fits", lambda *_: False)
+    monkeypatch.setattr(sound, "_can_be_coded", lambda *_: False)
+    path = make_video(tmp_path / "clip.mkv", 5, sound="aac")
+    source = open_source(path)
+    with open_writer(tmp_path / "out.mp4", source) as writer:
+        for frame in source:
+            writer.write(frame.picture, frame)
+        writer.close()
+    assert len(decode(tmp_path / "out.mp4")[0]) == 5
+    assert writer.notes == [f"{path}: sound that .mp4 cannot hold is left out"]
+
+
+@pytest.mark.parametrize("cut", [8, 20, 40, 200, 0.3, 0.5, 0.6, 0.9])
+def test_a_truncated_mp4_says_so_and_how_to_repair_it(tmp_path, capsys, cut):
+    path = make_video(tmp_path / "clip.mp4", 12, sound="aac")
+    data = path.read_bytes()
+    path.write_bytes(data[: cut if isinstance(cut, int) else int(cut * len(data))])
+    refused(vsod(capsys, "predict", path, "-o", tmp_path / "out.mp4"), str(path),
+            "cut off: the index is missing", "untrunc")  # fmt: skip
+
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile {}\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    "text": "hello\n", "empty": "", "svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.m3u8", "clip.txt"])
+def test_a_text_that_names_other_files_is_no_video(tmp_path, capsys, monkeypatch, kind, name):
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "secret.mp4", 3)
+    (tmp_path / name).write_text(PLAYLISTS[kind].format("secret.mp4"))
+    refused(vsod(capsys, "predict", name, "-o", "out.mp4"), name)
+    assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "concat:secret.mp4", "-clip.mp4",
+                                  "%d.mp4", "a b|c.mp4"])  # fmt: skip
+def test_any_name_of_a_file_is_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "plain.mp4", 3, sound="aac")
+    os.rename("plain.mp4", name)
+    source = open_source(name)
+    with open_writer(f"out {name}", source) as writer:
+        for frame in source:
+            writer.write(frame.picture, frame)
+        writer.close()
+    assert sorted(os.listdir()) == sorted([name, f"out {name}"])
+    assert sound_packets(tmp_path / f"out {name}")[0] == "aac"
+
+
+@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)])
+def test_a_phone_video_is_upright_pixel_for_pixel(tmp_path, matrix):
+    plain = [frame.picture for frame in open_source(make_video(tmp_path / "plain.mp4", 3))]
+    path = turn(make_video(tmp_path / "turned.mp4", 3), *matrix)
+    quarter = {(0, 1, -1, 0): 3, (-1, 0, 0, -1): 2, (0, -1, 1, 0): 1}[matrix]
+    for frame, expected in zip(open_source(path), plain, strict=True):
+        np.testing.assert_array_equal(frame.picture, np.rot90(expected, quarter))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--rate", "nan"), "rate must be"), (("--rate", "inf"), "rate must be"),
+    (("--rate", "-1"), "rate must be"), (("--rate", "1e-9"), "rate must be"),
+    (("--size", "100000x100000"), "size must be"), (("--size", "0x5"), "size must be"),
+    (("--device", "mps"), "device must be"), (("--device", "meta"), "device must be"),
+    (("--device", "cuda:-1"), "device"), (("--batch", "0"), "batch must be"),
+    (("--overlap", "-1"), "overlap must be"), (("--background", "nocolour"), "background must"),
+    (("--crf", "foo"), "crf must be"), (("--precision", "int8"), "precision must be"),
+    (("--model", "/"), "config.json is missing"), (("--as", "foo"), "must be one of"),
+])  # fmt: skip
+def test_an_option_that_cannot_be_is_one_line(tmp_path, capsys, arguments, words):
+    image(tmp_path / "frames/0.png")
+    refused(vsod(capsys, "predict", tmp_path / "frames", "-o", tmp_path / "out", *arguments), words)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- maps
+
+
+def test_maps_that_something_else_made_are_not_taken_for_new_ones(tmp_path, capsys):
+    root, out = davis(tmp_path / "set", split="val"), tmp_path / "maps"
+    call = ("predict", "--dataset", "folder", "--data", root, "-o", out, "--size", "32x32")
+    code, said, err = vsod(capsys, *call)
+    assert code == 0 and "5 frames of 2 sequences" in said, err
+    (out / "bike").rename(tmp_path / "away")
+    (out / "bike").mkdir()  # an empty folder is not a whole one
+    assert "2 frames of 2 sequences" in vsod(capsys, *call)[1]
+    before = snapshot(out)
+    refused(
+        vsod(capsys, *call, "--as", "overlay"), "made with view mask, not overlay", "--overwrite"
+    )
+    refused(vsod(capsys, *call, "--crf", "dss"), "made with crf None, not dss", "--overwrite")
+    refused(vsod(capsys, *call[:-1], "64x64"), "made with size", "--overwrite")
+    assert snapshot(out) == before
+    (out / "bear/.vsod.json").unlink()
+    refused(vsod(capsys, *call), "do not say what made them", "--overwrite")
+    assert "5 frames of 2 sequences" in vsod(capsys, *call, "--overwrite")[1]
+    (out / "bear/00001.png").unlink()
+    refused(vsod(capsys, *call), "1 of its 3 maps are missing", "--overwrite")
+    code, said, _ = vsod(capsys, *call, "--overwrite")
+    assert snapshot(out) == before
+    score = ("eval", "--pred", out, "--dataset", "folder", "--data", root, "--workers", 1)
+    assert "Made by vsod predict: mssa-tiny (" in vsod(capsys, *score)[1]
+    for record in out.glob("*/.vsod.json"):
+        record.unlink()
+    code, said, _ = vsod(capsys, *score)
+    assert code == 0 and "Made by" not in said
+
+
+class Broken(torch.nn.Module):
+    """Gives NaN from frame 1 on."""
+
+    clip_length, image_size, outputs, needs_prior = 1, (8, 8), "all", False
+
+    def encode(self, frames):
+        return [frames[:, :, :1]]
+
+    def decode(self, maps, size):
+        return torch.where(maps[0] > 0.5, torch.nan, maps[0])
+
+
+def test_masks_that_are_no_numbers_are_an_error(tmp_path):
+    frames = [np.full((8, 8, 3), value, np.uint8) for value in (10, 250)]
+    with pytest.raises(InputError, match="gives NaN for frame 00001"):
+        VideoPredictor(Broken(), "cpu").predict_clip(frames)

@@ -21,8 +21,8 @@ Channels = Annotated[int, Field(ge=1, le=65_536)]
 Frames = Annotated[int, Field(ge=1, le=1024)]  # of a clip
 Side = Annotated[int, Field(ge=1, le=16_384)]  # of a picture, pixels
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False)]
 Width = Annotated[float, Field(gt=0, le=16, allow_inf_nan=False)]  # factor on channels
 Strides = Annotated[Sequence[Annotated[int, Field(ge=1, le=1024)]], Field(max_length=16)]
 Heads = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -25,12 +26,14 @@ import vsod_ops
 from vsod_ops import backends
 from vsod_ops.dense_crf import PRESETS
 
+from .data import maps
 from .data.records import Record, Records
 from .errors import InputError
-from .files import inside
+from .files import inside, locked
+from .limits import MOST_PIXELS
 from .media.reading import Frame, PathLike, Source, ahead, open_source
 from .media.views import VIEWS, check_view
-from .media.writing import open_writer
+from .media.writing import Png, open_writer
 from .networks.contract import SaliencyModel
 from .networks.inference import for_inference
 
@@ -115,8 +118,10 @@ class VideoPredictor:
         self.multiple = getattr(model, "side_multiple", None) if size is None else None
         height, width = size or model.image_size
         self.size = (int(height), int(width))
-        if min(self.size) < 1:
-            raise InputError(f"size must be at least 1x1, got {width}x{height}")
+        if min(self.size) < 1 or self.size[0] * self.size[1] > MOST_PIXELS:
+            raise InputError(
+                f"size must be at least 1x1 and at most {MOST_PIXELS} pixels, got {width}x{height}"
+            )
         if overlap is None:
             overlap = min(2, self.length - 1)
         if not 0 <= overlap < self.length:
@@ -172,6 +177,23 @@ class VideoPredictor:
         for op, names in chosen.items():
             lines.append(f"{op} on backend {' and '.join(sorted(names))}")
         return ", ".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """What its masks depend on: the model's hash, and the options."""
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        prior = getattr(self.prior, "args", (None,))[0] if self.model.needs_prior else None
+        return {
+            "model": self.name,
+            "hash": digest.hexdigest()[:16],
+            "size": list(self.size),
+            "window": [self.length, self.stride],
+            "precision": str(self.dtype).removeprefix("torch."),
+            "crf": self.crf,
+            "prior": prior.key() if prior is not None and hasattr(prior, "key") else None,
+        }
 
     def stream(
         self,
@@ -326,6 +348,11 @@ class VideoPredictor:
     def _saliency(self, one: _Held) -> np.ndarray:
         assert one.total is not None
         small = (one.total / one.weight).cpu().numpy()
+        if not np.isfinite(small).all():
+            raise InputError(
+                f"model {self.name} gives NaN for frame {one.frame.name}: its weights do not fit "
+                f"{str(self.dtype).removeprefix('torch.')}, or are damaged"
+            )
         height, width = one.frame.picture.shape[:2]
         saliency = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
         if self.crf is not None:
@@ -376,6 +403,8 @@ def choose_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device must be auto, cpu or cuda, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {name}")
     if device.type == "cuda":
         if torch.version.cuda is None:
             raise InputError(f"device {name}: this torch ({torch.__version__}) is without CUDA")
@@ -487,7 +516,8 @@ def predict_dataset(
     Sequences that are complete already are kept, unless `overwrite`; so a run that was stopped goes
     on.  Returns the number of frames written.
 
-    Raises InputError where that would be a folder of the dataset's own pictures or masks.
+    Raises InputError where that would be a folder of the dataset's own pictures or masks, or where
+    another model, other options or nobody known made the maps that are there.
     """
     own = {
         file.parent.resolve()
@@ -498,11 +528,29 @@ def predict_dataset(
     for sequence in records.sequences:
         if (Path(output) / sequence).resolve() in own:
             raise InputError(f"{output}: {sequence} in it is a folder of the dataset itself")
+    with locked(output, "a prediction"):
+        return _predict_dataset(predictor, records, Path(output), view, overwrite, progress)
+
+
+def _predict_dataset(
+    predictor: VideoPredictor,
+    records: Records,
+    output: Path,
+    view: str | None,
+    overwrite: bool,
+    progress: Callable[[int], None],
+) -> int:
+    made_by = predictor.record() | {"view": view or "mask"}
+    kept = set()
+    if not overwrite:  # what does not fit is known before the work, not after it
+        for sequence, frames in records.sequences.items():
+            if maps.are_made_by(made_by, inside(output, sequence), [r.name for r in frames]):
+                kept.add(sequence)
     done = written = 0
     for sequence, frames in records.sequences.items():
         folder = inside(output, sequence)
         source = Recorded(frames)
-        if overwrite or not folder.is_dir():
+        if sequence not in kept:
             with open_writer(folder, source, overwrite=overwrite) as writer:
                 for result in predictor.stream(source):
                     picture = VIEWS[view or "mask"](result.frame, result.saliency, (255, 255, 255))
@@ -510,6 +558,8 @@ def predict_dataset(
                     written += 1
                     progress(done + written)
                 writer.close()
+                assert isinstance(writer, Png)
+                maps.write_record(writer.path, made_by, [r.name for r in frames])
         else:
             done += len(frames)
     return written

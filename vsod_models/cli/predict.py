@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .progress import frames_progress, progress
+from .progress import counted, frames_progress, progress
 from .start import keep_memory, without_collection
 
 
@@ -59,7 +59,7 @@ def predict(
         from .. import prediction, zoo
     from ..media.reading import open_source
     from ..media.views import check_view
-    from ..media.writing import check_output
+    from ..media.writing import OUTPUT_ENDINGS, check_output
 
     if (dataset is None) == (not inputs):
         raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")
@@ -67,7 +67,7 @@ def predict(
         from ..data import open_dataset
 
         records = open_dataset(dataset, data, split)
-        if Path(output).suffix:
+        if Path(output).suffix.lower() in OUTPUT_ENDINGS or Path(output).is_file():
             raise InputError(f"{output}: the masks of a dataset go into a folder")
         view = check_view(view or "mask", output)
     else:
@@ -108,7 +108,8 @@ def predict(
             frames = prediction.predict_dataset(
                 predictor, records, output, view=view, overwrite=overwrite, progress=on_frames
             )
-        print(f"{output}: {frames} frames of {len(records.sequences)} sequences, {view}")
+        sequences = counted(len(records.sequences), "sequence")
+        print(f"{output}: {counted(frames, 'frame')} of {sequences}, {view}")
         return
     try:
         with frames_progress(source.frames) as on_frames:
@@ -122,9 +123,12 @@ def predict(
     for note in written.notes:
         print(f"note: {note}")
     if written.stopped:
-        print(f"stopped: {output} has the {written.frames} frames before that", file=sys.stderr)
+        print(
+            f"stopped: {output} has the {counted(written.frames, 'frame')} before that",
+            file=sys.stderr,
+        )
         raise typer.Exit(130)
-    print(f"{output}: {written.frames} frames, {view}")
+    print(f"{output}: {counted(written.frames, 'frame')}, {view}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -59,3 +59,8 @@ def frames_progress(frames: int | None) -> Iterator[Callable[[int], None]]:
             bar.update(task, completed=done, speed=done / max(time.monotonic() - began, 1e-9))
 
         yield progress
+
+
+def counted(number: int, what: str) -> str:
+    """1 frame, 2 frames."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -59,6 +59,8 @@ def _row(
 
 
 def _notes(evaluation: Evaluation) -> Iterable[str]:
+    if evaluation.makers:
+        yield f"Made by vsod predict: {'; '.join(evaluation.makers)}."
     yield f"Used: {sum(evaluation.frames.values())} frames of {len(evaluation.frames)} sequences."
     if evaluation.missing:
         missing = evaluation.missing

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from ..data.maps import makers
 from ..data.records import Record, Records, read_rgb
 from ..errors import InputError
 from ..files import natural_order
@@ -56,6 +57,7 @@ class Evaluation:
     dataset: str = ""
     missing: dict[str, list[str]] = field(default_factory=dict)
     strangers: list[str] = field(default_factory=list)  # folders that are no sequence
+    makers: list[str] = field(default_factory=list)  # what made the maps, where they say it
     resized: Counter[str] = field(default_factory=Counter)  # "854x480 to 480x270" -> predictions
     flicker: Flicker | None = None
 
@@ -217,6 +219,7 @@ def evaluate_folder(
         kept_whole=whole,
         missing=missing,
         strangers=strangers,
+        makers=makers(predictions, list(used)),
         resized=changes,
     )
 

@@ -150,6 +150,10 @@ def _place(label: np.ndarray, base: np.ndarray, entry: Mapping[str, Any], kind: 
     inside = np.zeros(label.shape, np.uint8)
     if kind == "box":
         x0, y0, x1, y1 = entry["box"]
+        if not (x0 < x1 <= width and y0 < y1 <= height):
+            raise InputError(
+                f"{entry['frame']}: box {entry['box']} is empty or not inside {width}x{height}"
+            )
         inside[y0:y1, x0:x1] = 1
     elif kind == "polygon":
         cv2.fillPoly(inside, [np.array(entry["polygon"], np.int32)], 1)

@@ -108,9 +108,9 @@ class Pictures:
     def __init__(self, paths: Sequence[Path], name: str, rate: Fraction | float = 25):
         self.files, self.name = list(paths), name
         self.frames: int | None = len(paths)
+        if not 0.001 <= rate <= 1000:  # nor NaN
+            raise InputError(f"rate must be 0.001 to 1000 frames per second, got {rate}")
         self.rate = Fraction(rate).limit_denominator(1001)
-        if self.rate <= 0:
-            raise InputError(f"rate must be above 0 frames per second, got {rate}")
         self.time_base = 1 / self.rate
 
     def __iter__(self) -> Iterator[Frame]:
@@ -128,7 +128,7 @@ class VideoFile:
     def __init__(self, path: PathLike):
         path = Path(path)
         self.path, self.files, self.name = path, [path], str(path)
-        with _reading(path), av.open(str(path)) as container:
+        with _reading(path), open_container(path) as container:
             stream = _picture_stream(path, container)
             self.time_base = Fraction(stream.time_base)
             self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
@@ -150,7 +150,7 @@ class VideoFile:
         last = -1
         place = "at its first frame"
         convert = VideoReformatter()  # one for all frames, and one thread: 1 ms less for each
-        with _reading(self.path, lambda: place), av.open(str(self.path)) as container:
+        with _reading(self.path, lambda: place), open_container(self.path) as container:
             stream = _picture_stream(self.path, container)
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"err_detect": "explode"}
@@ -176,6 +176,19 @@ class VideoFile:
             raise InputError(f"{self.path}: cut off {place}, it should last {whole:.2f} s")
 
 
+# Files that hold frames themselves: a playlist (ffconcat, HLS) names other files and addresses.
+CONTAINERS = (
+    "apng,asf,avi,av1,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,"
+    "ogg,rm,webm,webp,wtv,yuv4mpegpipe,wav,mp3,flac,aac"
+)
+
+
+def open_container(path: Path) -> Any:
+    """A file that is a container, by FFmpeg; a name with a colon is no address."""
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    return av.open(f"file:{path}", container_options=options)
+
+
 @contextlib.contextmanager
 def _reading(path: Path, place: Any = None) -> Iterator[None]:
     """FFmpeg's errors become one line that names the file, and how far it could be read."""
@@ -185,8 +198,33 @@ def _reading(path: Path, place: Any = None) -> Iterator[None]:
         if isinstance(error, (av.error.PermissionError, av.error.IsADirectoryError)):
             raise InputError(f"{path}: cannot be read: {str(error.strerror).lower()}") from None
         if place is None:
+            _check_boxes(path)
             raise InputError(f"{path}: neither a picture nor a video that can be read") from None
         raise InputError(f"{path}: damaged or cut off {place()} ({error.strerror})") from None
+
+
+def _check_boxes(path: Path) -> None:
+    """InputError for an MP4 or MOV without its index, which comes last where nobody moved it."""
+    size, at = path.stat().st_size, 0
+    if not size:
+        raise InputError(f"{path}: is empty")
+    with open(path, "rb") as file:
+        while at + 8 <= size:
+            file.seek(at)
+            head = file.read(16)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if at == 0 and kind not in (b"ftyp", b"mdat", b"moov", b"free", b"skip", b"wide"):
+                return  # another kind of file
+            if length == 1:
+                length = int.from_bytes(head[8:], "big")
+            if kind == b"moov" and at + length <= size:
+                return  # the index is there
+            at += length if length >= 8 else size
+    if at:
+        raise InputError(
+            f"{path}: cut off: the index is missing; a tool such as untrunc can make one from "
+            "another video of the same camera"
+        )
 
 
 def _picture_stream(path: Path, container: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import types
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 
-from .reading import clock_start
+from .reading import clock_start, open_container
 
 LAYOUTS = {"1 channels": "mono", "2 channels": "stereo", "6 channels": "5.1", "8 channels": "7.1"}
 
@@ -30,18 +33,19 @@ class Sound:
 
     def __init__(self, path: Path, container: Any, ending: str):
         self.container = container
-        self.input: Any = av.open(str(path))
+        self.input: Any = open_container(path)
         self.start = clock_start(self.input)
         self.left_out = 0  # tracks that FFmpeg cannot read
         self.tracks: dict[int, Any] = {}  # index of the input stream -> what takes its packets
         for stream in self.input.streams.audio:
             if stream.codec_context is None:
                 self.left_out += 1
-                continue
-            if stream.codec_context.name in self.COPIED[ending]:
+            elif stream.codec_context.name in self.COPIED[ending] and _fits(path, stream, ending):
                 self.tracks[stream.index] = _CopiedTrack(stream, container)
-            else:
+            elif _can_be_coded(stream, ending):
                 self.tracks[stream.index] = _CodedTrack(stream, container, ending)
+            else:
+                self.left_out += 1
         streams = [self.input.streams[index] for index in self.tracks]
         self.packets = self.input.demux(streams) if streams else iter(())
         self.next: Any = next(self.packets, None)
@@ -63,6 +67,37 @@ class Sound:
         for track in self.tracks.values():
             self.container.mux(track.rest())
         self.input.close()
+
+
+def _fits(path: Path, stream: Any, ending: str) -> bool:
+    """Whether its packets can be laid into such a file as they are."""
+    try:
+        with open_container(path) as source, _nowhere(ending) as trial:
+            if source.format.name == "avi":  # cuts sound where it likes, and says no exact times
+                return False
+            track = _CopiedTrack(source.streams[stream.index], trial)
+            for packet in itertools.islice(source.demux(source.streams[stream.index]), 4):
+                if packet.pts is not None:
+                    packet.dts = packet.pts
+                    trial.mux(track.take(packet))
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def _can_be_coded(stream: Any, ending: str) -> bool:
+    try:
+        with _nowhere(ending) as trial:
+            _CodedTrack(stream, trial, ending)
+            trial.start_encoding()
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def _nowhere(ending: str) -> Any:
+    """A container in memory, to see what such a file takes."""
+    return av.open(io.BytesIO(), "w", format=ending[1:])
 
 
 class _CopiedTrack:
@@ -90,6 +125,7 @@ class _CodedTrack:
         # WAV and AVI may count their channels without naming them.
         layout = LAYOUTS.get(context.layout.name, context.layout.name)
         self.stream.layout = layout
+        self.next: Any = None  # samples so far
         self.stream.codec_context.open()
         self.resampler = av.AudioResampler(
             form, layout, self.stream.rate, self.stream.codec_context.frame_size
@@ -101,8 +137,18 @@ class _CodedTrack:
         except av.error.InvalidDataError:
             return []  # a damaged piece of sound is left out, as players do
         frames = [made for frame in decoded for made in self.resampler.resample(frame)]
-        return [coded for frame in frames for coded in self.stream.encode(frame)]
+        return [coded for frame in frames for coded in self.stream.encode(self._timed(frame))]
 
     def rest(self) -> list[Any]:
-        frames = self.resampler.resample(None)
+        frames = [self._timed(frame) for frame in self.resampler.resample(None)]
         return [coded for frame in [*frames, None] for coded in self.stream.encode(frame)]
+
+    def _timed(self, frame: Any) -> Any:
+        """By counting samples, since times of AVI are too coarse; a gap of .1 s is one."""
+        rate = self.stream.rate
+        due = self.next if frame.pts is None else round(frame.pts * frame.time_base * rate)
+        if self.next is None or due > self.next + rate // 10:
+            self.next = due or 0
+        frame.pts, frame.time_base = self.next, Fraction(1, rate)
+        self.next += frame.samples
+        return frame

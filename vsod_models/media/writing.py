@@ -82,7 +82,10 @@ def check_output(output: Path, source: Source, overwrite: bool) -> None:
     folder = output.is_dir() or not ending
     if not folder and ending not in OUTPUT_ENDINGS:
         known = " ".join(OUTPUT_ENDINGS)
-        raise InputError(f"{output}: cannot write {ending}, only {known} or a folder of PNG")
+        raise InputError(
+            f"{output}: cannot write {ending}, only {known}, or a folder of PNG, which has to "
+            "exist where its name has a dot"
+        )
     if folder and ending in OUTPUT_ENDINGS:
         raise InputError(f"{output}: is a folder; a file is to be written there")
     targets = [output]
@@ -245,7 +248,9 @@ class Video:
         if self.source.sound is not None:
             self.sound = Sound(self.source.sound, self.container, self.ending)
             if self.sound.left_out:
-                self.notes.append(f"{self.source.name}: sound in an unknown codec is left out")
+                self.notes.append(
+                    f"{self.source.name}: sound that {self.ending} cannot hold is left out"
+                )
 
     def write(self, picture: np.ndarray, frame: Frame) -> None:
         with _writing(self.output):

@@ -186,7 +186,8 @@ def load_fitting(
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict of a .pth or .safetensors file."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file of weights")
+        state = "a folder, not a file of weights" if path.is_dir() else "no such file of weights"
+        raise InputError(f"{path}: {state}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
