@@ -14,6 +14,7 @@ COMMANDS = {
     "conv_lstm": "speed and peak memory of conv_lstm against every way to write it in torch",
     "msst": "MSST-ConvLSTM from frames to refined masks: time by stage, and of streaming",
     "mssa": "MSSA: time and multiply-adds by stage, and against materialised attention scores",
+    "correct": "coarse labels cleaned on the page of vsod serve: what is left, what it takes",
     "report": "rewrite the result tables of README.md and docs/ from benchmarks/results/",
 }
 EXTRA_PACKAGES = ("av", "matplotlib", "rich", "torchvision")  # of the extra `bench`

@@ -16,7 +16,7 @@ from checks import full_disk
 
 from vsod_models.data.records import Record, Records
 from vsod_models.errors import InputError
-from vsod_models.labels.carrying import carried, moved
+from vsod_models.labels.carrying import back_flow, carried, moved
 from vsod_models.labels.coarse import fit_weights, make_labels, with_coarse_labels
 from vsod_models.labels.erasing import correct
 from vsod_models.labels.maps import (
@@ -302,7 +302,7 @@ def test_what_moves_is_carried_on():
         labels.append(label)
     erased = labels[0].copy()
     erased[:, 90:] = False
-    where = moved(erased, *frames)
+    where = moved(erased, back_flow(*frames))
     (entry,) = carried(where, labels[1], "a/1", "a/0")
     assert entry["frame"] == "a/1" and entry["carried"] == "a/0"
     after = labels[1].copy()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import socket
 import struct
 import time
 import zipfile
@@ -19,6 +20,7 @@ import cv2
 from clips import decode, make_video, picture, sound_packets
 from fastapi.testclient import TestClient
 
+from vsod_models.cli import main
 from vsod_models.errors import InputError
 from vsod_models.serve.clips import shown_name
 from vsod_models.serve.server import STATIC, Settings, create_app
@@ -323,6 +325,50 @@ def test_nothing_stays():
         client.post("/api/example")
         assert list((folder / "clips").glob("*/source.mp4"))
     assert not folder.exists()
+
+
+def test_clips_that_nobody_uses_go(client):
+    data = cv2.imencode(".png", picture(0))[1].tobytes()
+    used = predicted(client, data, "used.png")["clip"]["id"]
+    sent = [send(client, data, f"{n}.png").json()["id"] for n in range(8)]
+    assert list(client.app.state.clips.of) == [used, *sent[-5:]]
+    assert len(list((client.app.state.folder / "clips").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 needs --token: everybody who reaches"),
+        (["--host", "0.0.0.0", "--token", "short"], "--token has to be at least 8"),
+        (["--max-mb", "0"], "--max-mb must be above 0"),
+        (["--model", "nothing"], "--model nothing: neither a folder or checkpoint nor a shipped"),
+        (["--labels", "nothing"], "--labels nothing: no folder of `vsod label coarse`"),
+        (["--data", "nothing"], "--data, --dataset, --split and --erase go with --labels"),
+        (["--port", "99999"], "--host 127.0.0.1 --port 99999: "),
+    ],
+)
+def test_the_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--no-open", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit):
+            main(["serve", "--no-open", "--port", port])
+        assert f"--port {port}: address already in use" in capsys.readouterr().err
+
+
+def test_labels_that_cannot_be_read_end_the_server(tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text(
+        '{"dataset": "folder", "split": "train", "frames": {}, "skipped": {}}'
+    )
+    arguments = ["--port", "0", "--labels", str(tmp_path), "--data", str(tmp_path / "none")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--no-open", *arguments])
+    assert stopped.value.code == 2 and str(tmp_path / "none") in capsys.readouterr().err
 
 
 def test_a_clip_that_a_job_uses_outlives_the_other_jobs(client, tmp_path):

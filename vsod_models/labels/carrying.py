@@ -13,9 +13,13 @@ SAME = 0.5  # share of a region that has to come from what was erased, for it to
 LEAST = 0.1  # share of what was erased that has to lie in a region, to be cut from it
 
 
-def moved(erased: np.ndarray, frame: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """Where pixels (H, W) bool of a frame are in the following one, (H, W, 3) uint8 RGB both."""
-    flow = optical_flow(following, frame, SIDE)  # back: each pixel asks where it came from
+def back_flow(frame: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """Where each pixel of the following frame comes from, (h, w, 2); both (H, W, 3) uint8 RGB."""
+    return optical_flow(following, frame, SIDE)
+
+
+def moved(erased: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """Where pixels (H, W) bool of a frame are in the following one; flow: of `back_flow`."""
     height, width = erased.shape
     scale = np.array((width / flow.shape[1], height / flow.shape[0]), np.float32)
     flow = cv2.resize(flow, (width, height), interpolation=cv2.INTER_LINEAR) * scale

@@ -23,7 +23,7 @@ import numpy as np
 from ..data.records import Record, Records
 from ..errors import InputError
 from ..files import read_json
-from ..labels.carrying import carried, moved
+from ..labels.carrying import back_flow, carried, moved
 from ..labels.coarse import MANIFEST
 from ..labels.erasing import (
     FORMS,
@@ -37,9 +37,11 @@ from ..labels.erasing import (
     write_entries,
 )
 from ..media.writing import encode_png
+from ..prior.flow import naming
 
 GAP = 3  # frames that something carried on may be hidden
 KEPT = 32  # labels in memory
+FLOWS = 200  # of half a megabyte to one
 
 
 class Conflict(Exception):
@@ -98,6 +100,7 @@ class Labels:
         self.version = "new"
         self.undone: list[Entries] = []
         self.carrying: Carrying | None = None
+        self.flows: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self.labels: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self.read()
 
@@ -295,12 +298,7 @@ class Labels:
                 self.carrying = None
                 return set(), index, True
             following = f"{sequence}/{frames[index + 1].name}"
-            try:
-                where = moved(
-                    going.where, frames[index].read_image(), frames[index + 1].read_image()
-                )
-            except InputError as error:
-                raise InputError(f"{name} and {following}: {error}") from None
+            where = moved(going.where, self._flow(sequence, index))
             label = self.label(following)
             new: Entries = []
             after = label.copy()
@@ -317,6 +315,17 @@ class Labels:
                 None if ends else Carrying(going.step, index + 1, where, going.origin, hidden)
             )
             return _names(new), index + 1, ends
+
+    def _flow(self, sequence: str, index: int) -> np.ndarray:
+        """From a frame to the next one, as `moved` takes it; kept, as people carry on again."""
+        key = (sequence, index)
+        if key not in self.flows:
+            first, second = self.sequences[sequence][index : index + 2]
+            with naming(first, second):
+                self.flows[key] = back_flow(first.read_image(), second.read_image())
+            while len(self.flows) > FLOWS:
+                self.flows.popitem(last=False)
+        return self.flows[key]
 
     def _last_erased(self, name: str) -> np.ndarray:
         """(H, W) bool, what the last step on a frame took out of its label."""

@@ -25,7 +25,7 @@ from .clips import MAX_FRAMES, Clip
 FORMATS = ("mp4", "mov", "webm", "gif", "png")
 PREVIEW_SIDE = 960  # pixels; previews are no larger
 VIEWS = ("overlay", "mask", "matte", "cutout")
-KEPT = 50  # jobs that are over; older ones go
+KEPT = 20  # jobs that are over; older ones go
 
 
 class Cancelled(Exception):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STATIC = Path(__file__).parent / "static"
 CRF = ("dss", "deeplab")
+UNUSED = 5  # clips without a job that are kept
 T = TypeVar("T")
 
 
@@ -101,6 +102,11 @@ def create_app(settings: Settings) -> FastAPI:
             raise HTTPException(404, f"there is no such {what} any more")
         return kept[id]
 
+    def tidy() -> None:
+        used = {job.clip.id for job in [*jobs.of.values()]}
+        for clip in [clip for clip in [*clips.of.values()] if clip.id not in used][:-UNUSED]:
+            clips.remove(clip)
+
     @app.get("/api/about")
     def about() -> dict[str, Any]:
         return {
@@ -122,11 +128,15 @@ def create_app(settings: Settings) -> FastAPI:
         except BaseException:
             shutil.rmtree(path.parent, ignore_errors=True)
             raise
-        return (await run_in_threadpool(clips.add, path, name)).about()
+        clip = await run_in_threadpool(clips.add, path, name)
+        tidy()
+        return clip.about()
 
     @app.post("/api/example")
     def example() -> dict[str, Any]:
-        return clips.add_example().about()
+        clip = clips.add_example()
+        tidy()
+        return clip.about()
 
     @app.get("/api/clips/{id}/first.jpg")
     def first(id: str) -> Response:

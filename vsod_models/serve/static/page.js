@@ -7,10 +7,10 @@ startTry(about);
 if (about.labels) {
   const { startCorrect } = await import("./correct.js");
   const show = () => {
-    const page = location.hash === "#try" ? "try" : "correct";
+    const page = location.hash === "#/try" ? "try" : "correct";
     for (const name of ["try", "correct"]) {
       byId(name).hidden = name !== page;
-      const tab = document.querySelector(`nav a[href="#${name}"]`);
+      const tab = document.querySelector(`nav a[href="#/${name}"]`);
       if (name === page) tab.setAttribute("aria-current", "page");
       else tab.removeAttribute("aria-current");
     }

@@ -1,0 +1,282 @@
+"""Coarse labels of a sequence cleaned through the page of `vsod serve`, by a script in a browser.
+
+The script plays the person: the ground truth decides what is wrong, the mouse and the keyboard of a
+real browser do what is done about it.  Counted are clicks, boxes, and the keys that carry something
+on; Enter, which turns the page, is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import BadInput, measure
+
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SPECK = 0.0004  # of the frame: nobody erases what is smaller
+PART = 0.002  # of the frame: nobody draws a box around what is smaller
+BOXES = 3  # a frame
+DAMAGE = 3  # a right pixel lost weighs as much as so many wrong ones erased
+LABEL = """() => {
+    const canvas = document.getElementById("label");
+    const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    let text = "";
+    for (let i = 0; i < data.length; i += 4) text += data[i] === 255 ? "1" : "0";
+    return [canvas.width, canvas.height, text];
+}"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="folder of DAVIS-2016")
+    parser.add_argument("--sequence", default="bear", help="of its train split")
+    parser.add_argument("--frames", type=int, default=40)
+    parser.add_argument("--browser", default="/usr/bin/chromium")
+    parser.add_argument("--out", default="benchmarks/results/correct", help="folder of the result")
+
+
+class Person:
+    """Looks at a frame of the page, knows what is right, and acts by mouse and keyboard.
+
+    tools: whether boxes are drawn and regions carried on; else there are clicks only.
+    """
+
+    def __init__(self, page: Any, tools: bool):
+        self.page, self.tools = page, tools
+        self.actions = {"click": 0, "box": 0, "carry": 0}
+
+    def sees(self) -> np.ndarray:
+        """The label on the screen, (H, W) bool."""
+        width, height, text = self.page.evaluate(LABEL)
+        return np.frombuffer(text.encode(), np.uint8).reshape(height, width) == ord("1")
+
+    def sees_erased(self) -> np.ndarray:
+        """What is dotted on the screen, (H, W) bool: read from what the page was sent."""
+        import cv2
+
+        sequence, index, _ = self.shown().rsplit("/", 2)
+        at = f"sequence={sequence}&index={index}"
+        data = self.page.request.get(f"/api/labels/regions.png?{at}").body()
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., 0] == 128
+
+    def screen(self, x: float, y: float, size: tuple[int, int]) -> tuple[float, float]:
+        box = self.page.locator("#label").bounding_box()
+        scale = min(box["width"] / size[1], box["height"] / size[0])
+        left = box["x"] + (box["width"] - scale * size[1]) / 2
+        top = box["y"] + (box["height"] - scale * size[0]) / 2
+        return left + (x + 0.5) * scale, top + (y + 0.5) * scale
+
+    def done(self, before: str, kind: str) -> None:
+        self.actions[kind] += 1
+        shown = "document.getElementById('easel').dataset.shown"
+        self.page.wait_for_function(f"{shown} !== {json.dumps(before)}")
+
+    def shown(self) -> str:
+        return self.page.evaluate("document.getElementById('easel').dataset.shown")
+
+    def click(self, region: np.ndarray) -> None:
+        """In the middle of a region (H, W) bool, where it is widest."""
+        import cv2
+
+        depth = cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 3)
+        y, x = np.unravel_index(int(depth[1:-1, 1:-1].argmax()), region.shape)
+        before = self.shown()
+        self.page.keyboard.press("1")
+        self.page.mouse.click(*self.screen(x, y, region.shape))
+        self.done(before, "click")
+
+    def box(self, corners: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+        left, top, right, bottom = corners
+        before = self.shown()
+        self.page.keyboard.press("2")
+        self.page.mouse.move(*self.screen(left, top, size))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.screen(right - 1, bottom - 1, size), steps=3)
+        self.page.mouse.up()
+        self.done(before, "box")
+
+    def carry(self) -> None:
+        self.page.keyboard.press("c")
+        self.actions["carry"] += 1
+        self.page.wait_for_function("document.getElementById('carry').textContent !== 'Carry on'")
+        self.page.wait_for_function(
+            "document.getElementById('carry').textContent === 'Carry on'", timeout=300_000
+        )
+
+    def frame(self, truth: np.ndarray, last: bool) -> np.ndarray:
+        """Cleans the frame that is shown; gives the label that is left."""
+        speck = SPECK * truth.size
+        for region in regions(self.sees_erased()):  # carried on too far
+            if region.sum() >= speck and truth[region].mean() > 0.5:
+                self.click(region)
+        for region in regions(self.sees()):
+            if region.sum() >= speck and truth[region].mean() < 0.5:
+                self.click(region)
+                if self.tools and not last and region.sum() >= PART * truth.size:
+                    self.carry()
+        if self.tools:
+            for _ in range(BOXES):
+                corners = best_box(self.sees(), truth)
+                if corners is None:
+                    break
+                self.box(corners, truth.shape)
+                if not last:
+                    self.carry()
+        return self.sees()
+
+
+def regions(label: np.ndarray) -> Iterator[np.ndarray]:
+    """The connected regions of a mask, largest first."""
+    import cv2
+
+    count, numbers, boxes, _ = cv2.connectedComponentsWithStats(label.astype(np.uint8))
+    for region in sorted(range(1, count), key=lambda n: -boxes[n][4]):
+        yield numbers == region
+
+
+def best_box(label: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Around a wrong part of the label, all of it or a half; None where no box is worth it."""
+    best, found = PART * truth.size, None
+    for region in regions(label & ~truth):
+        if region.sum() < best:
+            break
+        y, x = np.nonzero(region)
+        left, top, right, bottom = int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
+        middle_x, middle_y = (left + right) // 2, (top + bottom) // 2
+        for corners in (
+            (left, top, right, bottom), (left, top, middle_x, bottom),
+            (middle_x, top, right, bottom), (left, top, right, middle_y),
+            (left, middle_y, right, bottom),
+        ):  # fmt: skip
+            part = np.s_[corners[1] : corners[3], corners[0] : corners[2]]
+            lost = (label & truth)[part].sum()
+            gain = (label & ~truth)[part].sum() - DAMAGE * lost
+            if gain > best:
+                best, found = gain, corners
+    return found
+
+
+@contextlib.contextmanager
+def served(labels: Path, data: str, erase: Path) -> Iterator[str]:
+    command = [
+        sys.executable, "-m", "vsod_models.cli", "serve", "--no-open", "--port", "0", "--labels",
+        str(labels), "--data", data, "--erase", str(erase),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def measures(labels: list[np.ndarray], truths: list[np.ndarray]) -> dict[str, float]:
+    """Mean absolute error and intersection over union, mean over the frames."""
+    pairs = list(zip(labels, truths, strict=True))
+    errors = [float((a != b).mean()) for a, b in pairs]
+    unions = [float((a & b).sum() / max(1, (a | b).sum())) for a, b in pairs]
+    return {"mae": round(float(np.mean(errors)), 5), "iou": round(float(np.mean(unions)), 4)}
+
+
+def clean(
+    browser: Any, labels: Path, args: argparse.Namespace, truths: list[np.ndarray], tools: bool
+) -> dict[str, Any]:
+    """One pass over the frames; gives what it cost and what it left."""
+    erase = labels.with_name(f"erase-{tools}.json")
+    with served(labels, args.data, erase) as address:
+        context = browser.new_context(
+            viewport={"width": 1280, "height": 800}, bypass_csp=True, base_url=address
+        )
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(address)
+        person, actions, left = Person(page, tools), [], []
+        began = time.monotonic()
+        for index, truth in enumerate(truths):
+            page.wait_for_selector(f'#easel[data-shown^="{args.sequence}/{index}/"]')
+            page.focus("#easel")
+            before = sum(person.actions.values())
+            left.append(person.frame(truth, index + 1 == len(truths)))
+            actions.append(sum(person.actions.values()) - before)
+            page.keyboard.press("Enter")
+        seconds = time.monotonic() - began
+        context.close()
+    return {
+        "labels": left,
+        "result": {
+            **measures(left, truths),
+            "actions": person.actions,
+            "actions a frame": actions,
+            "median": statistics.median(actions),
+            "mean": round(statistics.mean(actions), 2),
+            "entries of the list": len(json.loads(erase.read_text())),
+            "seconds of the script": round(seconds),
+        },
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        raise BadInput("playwright is missing: pip install -e '.[test,models,serve]'") from None
+    if not Path(args.browser).exists():
+        raise BadInput(f"--browser {args.browser}: no such file")
+    import cv2
+
+    from vsod_models.data import open_dataset
+    from vsod_models.data.records import Records
+    from vsod_models.labels.coarse import make_labels
+
+    records = open_dataset("davis16", args.data, "train").of_sequences([args.sequence])
+    records = Records(records.dataset, records.split, list(records)[: args.frames])
+    truths = []
+    for record in records:
+        mask = record.read_mask()
+        assert mask is not None
+        truths.append(mask.astype(bool))
+    document = measure.record("correct", torch.device("cpu"), vars(args) | {"data": "DAVIS-2016"})
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as session:
+        labels = Path(folder) / "labels"
+        make_labels(records, labels)
+        coarse = [
+            cv2.imread(str(labels / args.sequence / f"{r.name}.png"), cv2.IMREAD_GRAYSCALE) > 127
+            for r in records
+        ]
+        document["before"] = measures(coarse, truths)
+        browser = session.chromium.launch(executable_path=args.browser, args=ARGUMENTS)
+        for name, tools in (("clicks alone", False), ("clicks, boxes, carried on", True)):
+            cleaned = clean(browser, labels, args, truths, tools)
+            document[name] = cleaned["result"]
+            print(name, {k: v for k, v in document[name].items() if k != "actions a frame"})
+            erase = labels.with_name(f"erase-{tools}.json")
+            again = Path(folder) / f"again-{tools}"
+            make_labels(records, again, erase_list=erase)  # what the page showed, bit for bit
+            for record, shown in zip(records, cleaned["labels"], strict=True):
+                file = again / args.sequence / f"{record.name}.png"
+                made = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+                if made is None and not shown.any():
+                    continue  # all of it was erased
+                if made is None or not np.array_equal(made > 127, shown):
+                    raise BadInput(f"{record.name}: the command makes another label than the page")
+        browser.close()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"correct-{args.sequence}.json").write_text(json.dumps(document, indent=1) + "\n")
+    print("before", document["before"])
+    return 0
