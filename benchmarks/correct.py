@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
 import subprocess
@@ -28,10 +29,10 @@ ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-SPECK = 0.0004  # of the frame: nobody erases what is smaller
-PART = 0.002  # of the frame: nobody draws a box around what is smaller
-BOXES = 3  # a frame
+LEAST = 0.005  # of the frame: nobody does anything about less, nor carries it on
+MOST = 12  # actions a frame
 DAMAGE = 3  # a right pixel lost weighs as much as so many wrong ones erased
+GRID = 5  # pixels: corners of boxes
 LABEL = """() => {
     const canvas = document.getElementById("label");
     const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -118,24 +119,28 @@ class Person:
         )
 
     def frame(self, truth: np.ndarray, last: bool) -> np.ndarray:
-        """Cleans the frame that is shown; gives the label that is left."""
-        speck = SPECK * truth.size
-        for region in regions(self.sees_erased()):  # carried on too far
-            if region.sum() >= speck and truth[region].mean() > 0.5:
-                self.click(region)
-        for region in regions(self.sees()):
-            if region.sum() >= speck and truth[region].mean() < 0.5:
-                self.click(region)
-                if self.tools and not last and region.sum() >= PART * truth.size:
-                    self.carry()
-        if self.tools:
-            for _ in range(BOXES):
-                corners = best_box(self.sees(), truth)
-                if corners is None:
-                    break
-                self.box(corners, truth.shape)
-                if not last:
-                    self.carry()
+        """Cleans the frame that is shown, what gains most first; gives the label that is left."""
+        for _ in range(MOST):
+            label = self.sees()
+            worth = np.where(truth, -DAMAGE, 1)  # of erasing a pixel
+            best, does = LEAST * truth.size, None
+            for region in regions(label):
+                if (gain := worth[region].sum()) > best:
+                    best, does = gain, functools.partial(self.click, region)
+            back = None
+            for region in regions(self.sees_erased()):  # carried on too far
+                if (gain := -worth[region].sum()) > best:
+                    best, does = gain, functools.partial(self.click, region)
+                    back = does
+            if self.tools:
+                gain, corners = best_box(np.where(label, worth, 0))
+                if gain > best:
+                    best, does = gain, functools.partial(self.box, corners, truth.shape)
+            if does is None:
+                break
+            does()
+            if self.tools and does is not back and not last:
+                self.carry()
         return self.sees()
 
 
@@ -148,26 +153,27 @@ def regions(label: np.ndarray) -> Iterator[np.ndarray]:
         yield numbers == region
 
 
-def best_box(label: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Around a wrong part of the label, all of it or a half; None where no box is worth it."""
-    best, found = PART * truth.size, None
-    for region in regions(label & ~truth):
-        if region.sum() < best:
-            break
-        y, x = np.nonzero(region)
-        left, top, right, bottom = int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
-        middle_x, middle_y = (left + right) // 2, (top + bottom) // 2
-        for corners in (
-            (left, top, right, bottom), (left, top, middle_x, bottom),
-            (middle_x, top, right, bottom), (left, top, right, middle_y),
-            (left, middle_y, right, bottom),
-        ):  # fmt: skip
-            part = np.s_[corners[1] : corners[3], corners[0] : corners[2]]
-            lost = (label & truth)[part].sum()
-            gain = (label & ~truth)[part].sum() - DAMAGE * lost
-            if gain > best:
-                best, found = gain, corners
-    return found
+def best_box(worth: np.ndarray) -> tuple[int, tuple[int, int, int, int]]:
+    """The box (left, top, right, bottom), corners on a grid, with the largest sum, and the sum."""
+    height, width = worth.shape
+    rows, columns = np.arange(0, height, GRID), np.arange(0, width, GRID)
+    cells = np.add.reduceat(np.add.reduceat(worth, rows, 0), columns, 1)
+    sums = np.pad(cells, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    best, found = 0, (0, 0, 0, 0)
+    for top in range(len(rows)):
+        strips = sums[top + 1 :] - sums[top]  # of all bottoms, by right edge
+        lowest = np.minimum.accumulate(strips, 1)
+        gains = strips - lowest
+        bottom, right = np.unravel_index(int(gains.argmax()), gains.shape)
+        if gains[bottom, right] > best:
+            best = int(gains[bottom, right])
+            left = int(strips[bottom, : right + 1].argmin())
+            edges = (left, top, int(right), top + 1 + int(bottom))
+            found = tuple(
+                min(edge * GRID, most)
+                for edge, most in zip(edges, (width, height) * 2, strict=True)
+            )
+    return best, found
 
 
 @contextlib.contextmanager

@@ -344,7 +344,7 @@ def test_clips_that_nobody_uses_go(client):
         (["--model", "nothing"], "--model nothing: neither a folder or checkpoint nor a shipped"),
         (["--labels", "nothing"], "--labels nothing: no folder of `vsod label coarse`"),
         (["--data", "nothing"], "--data, --dataset, --split and --erase go with --labels"),
-        (["--port", "99999"], "--host 127.0.0.1 --port 99999: "),
+        (["--port", "99999"], "host 127.0.0.1, port 99999: "),
     ],
 )
 def test_the_command_refuses(arguments, message, capsys):
@@ -358,7 +358,7 @@ def test_a_port_that_is_taken(capsys):
         port = str(taken.getsockname()[1])
         with pytest.raises(SystemExit):
             main(["serve", "--no-open", "--port", port])
-        assert f"--port {port}: address already in use" in capsys.readouterr().err
+        assert f"port {port}: address already in use" in capsys.readouterr().err
 
 
 def test_labels_that_cannot_be_read_end_the_server(tmp_path, capsys):
