@@ -414,3 +414,26 @@ def test_masks_that_are_no_numbers_are_an_error(tmp_path):
     frames = [np.full((8, 8, 3), value, np.uint8) for value in (10, 250)]
     with pytest.raises(InputError, match="gives NaN for frame 00001"):
         VideoPredictor(Broken(), "cpu").predict_clip(frames)
+
+
+def test_a_pipe_or_a_device_is_no_file(tmp_path, capsys):
+    root = davis(tmp_path / "set", split="val")
+    frame = root / "JPEGImages/480p/bear/00001.jpg"
+    frame.unlink()
+    os.mkfifo(frame)
+    code, out, _ = vsod(capsys, "data", "check", "davis16", root, "--split", "val", "--jobs", 1)
+    assert code == 1 and f"problem: {frame}: a pipe or device, no file" in out
+    refused(vsod(capsys, "predict", frame, "-o", tmp_path / "out.png"), "a pipe or device")
+    lists = root / "ImageSets/480p/val.txt"
+    lists.unlink()
+    lists.symlink_to("/dev/zero")
+    refused(vsod(capsys, "data", "prepare", "folder", root, tmp_path / "new", "--split", "val"),
+            "val.txt: a pipe or device")  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999", "x"])
+def test_a_seed_is_a_number_that_generators_take(tmp_path, capsys, seed):
+    root = davis(tmp_path / "set", split="val")
+    code, _, err = vsod(capsys, "prior", "train", "folder", "-o", tmp_path / "out", root,
+                        "--split", "val", "--backbone", "none", "--seed", seed)  # fmt: skip
+    assert code == 2 and "--seed" in err and not (tmp_path / "out").exists()

@@ -188,8 +188,15 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         lock.release()
 
 
+def need_file(path: Path) -> None:
+    """InputError for what is there and no file: reading a pipe or a device may never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, no file")
+
+
 def read_json(file: Path, what: str) -> Any:
     """What a JSON file holds; InputError naming it and `what` it should be, where it is none."""
+    need_file(file)
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

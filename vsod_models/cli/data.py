@@ -67,8 +67,8 @@ def synthetic(
     clips: Annotated[int, typer.Option(help="Clips of the training split.")] = 20,
     val_clips: Annotated[int, typer.Option(help="Clips of the validation split.")] = 5,
     frames: Annotated[int, typer.Option(help="Frames per clip.")] = 24,
-    height: int = 224,
-    width: int = 224,
+    height: Annotated[int, typer.Option(max=16_384)] = 224,
+    width: Annotated[int, typer.Option(max=16_384)] = 224,
     seed: int = 0,
     photos: Annotated[bool, typer.Option(help="Also use scikit-image's pictures.")] = True,
 ) -> None:

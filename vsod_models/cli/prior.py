@@ -23,7 +23,7 @@ def train(
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="To learn from, spread evenly.")] = 300,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Train the region network of the motion prior."""
     import torch

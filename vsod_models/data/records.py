@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import InputError, one_line
-from ..files import is_plain
+from ..files import is_plain, need_file
 
 Picture = Callable[[], np.ndarray]  # makes the array when called (synthetic clips)
 
@@ -97,6 +97,7 @@ class Records(Sequence[Record]):
 @contextlib.contextmanager
 def reading_picture(path: Path) -> Iterator[None]:
     """Whatever a library makes of a picture that it cannot read becomes one line with the file."""
+    need_file(path)
     try:
         yield
     except InputError:

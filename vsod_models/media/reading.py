@@ -24,7 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 from ..data.records import read_rgb
 from ..errors import InputError
-from ..files import PICTURE_ENDINGS, is_picture, natural_order
+from ..files import PICTURE_ENDINGS, is_picture, natural_order, need_file
 
 PathLike = str | os.PathLike[str]
 T = TypeVar("T")
@@ -82,6 +82,7 @@ def open_source(
                 raise InputError(f"{path}: a folder without pictures ({endings})")
             paths += natural_order(found)
         elif path.exists():
+            need_file(path)
             paths.append(path)
         elif glob.has_magic(str(given)):
             matches = natural_order([Path(match) for match in glob.glob(str(given))])

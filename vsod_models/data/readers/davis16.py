@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from ...files import is_plain
+from ...files import is_plain, need_file
 from ..records import Records, grey
 from .folders import (
     Counts,
@@ -98,6 +98,7 @@ def _open(
 
 def read_list(path: Path) -> dict[str, set[str]]:
     """sequence -> stems of its frames, or an empty set for all; in the order of the file."""
+    need_file(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
