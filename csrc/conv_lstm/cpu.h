@@ -21,6 +21,7 @@ struct Problem {
   const void *weight_ih, *weight_hh;   // (4M, C, k, k), (4M, M, k, k) N
   const void *bias, *peephole;         // (4M,), (3, M[, H, W]) N; null: none
   bool full_peephole;                  // one weight a pixel
+  bool direct;                         // no Winograd: there are numbers that it cannot add
   void *out, *c_last, *cells, *gates;  // as in op.py; cells, gates null where not kept
   void* weights;                       // forward_weights() S
   int64_t* offsets;                    // kernel * kernel: of the taps in a packed plane
@@ -32,9 +33,9 @@ struct Problem {
   void* dh_of[2];      // the same of h_t, t > 0; a batch is dh_batch elements
   int64_t dh_batch[2];
   void *dx, *dh;                                      // N
-  void *dweight_ih, *dweight_hh, *dbias, *dpeephole;  // S; a full dpeephole starts as zeros
+  void *dweight_ih, *dweight_hh, *dbias, *dpeephole;  // S
   int64_t groups;          // shares of the tiles whose weight gradients are summed apart
-  void* sums;              // groups * group_sums() S, zeros
+  void* sums;              // groups * group_sums() S
   void* backward_weights;  // backward_weights() S
 };
 

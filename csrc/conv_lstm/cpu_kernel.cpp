@@ -13,6 +13,8 @@
 //                  where the backward wants them.
 //     3 x 3        Winograd's F(2, 3) along the height (Layout): a third fewer products, for the
 //                  convolutions and for the weight gradients.  Along the width lie the lanes.
+//                  Where x, h or a weight is beyond kMostSummed, its sums of rows could overflow
+//                  or cancel infinities: then all is done again without it.
 //     backward     step t, from the last, one pass.  A task is a strip of rows, taken in bands.
 //                  The gate gradients of a band, and of the rows around it that the kernel
 //                  reaches, are made from the saved state into a window in scratch, out of which
@@ -281,7 +283,14 @@ struct Tile {
   int64_t b, y, x, rows, columns;  // y may be negative: rows outside of the image are zeros
 };
 
-// Packed planes and the convolutions over them.
+// The largest number that Winograd's form takes: products of two of them have room to be summed.
+// NaN reaches what it reaches without it: the rows of a unit share all the input rows but the first
+// and the last, and each of those two goes into one part, of one row.
+template <class S>
+constexpr S kMostSummed = sizeof(S) == 4 ? S(1e18) : S(1e150);
+
+// Packed planes and the convolutions over them.  Taps that are outside of the image wherever the
+// kernel lies are left out: kernel_y rows and kernel_x columns of it remain.
 //
 // Paired (3 x 3): output rows y and y + dilation are made together out of input rows
 // d0 .. d3 = y - dilation .. y + 2 dilation, by Winograd's F(2, 3) along the height:
@@ -294,27 +303,38 @@ struct Tile {
 template <class S>
 struct Layout {
   static constexpr int kN = kLanes<S>;
-  bool paired;
   int64_t kernel, dilation;
-  int64_t reach;        // of the kernel, in pixels
-  int64_t margin;       // of the first pixel in a packed row
-  int64_t pitch;        // of a packed row, which is [reach, pitch + reach): its right border lies
-                        // where the left margin of the next row begins
+  int64_t half_y, half_x;      // of the kernel, in taps
+  int64_t reach_y, reach_x;    // the same in pixels
+  int64_t kernel_y, kernel_x;  // taps
+  int64_t margin;              // of the first pixel in a packed row
+  int64_t pitch;  // of a packed row, which is [reach_x, pitch + reach_x): its right border lies
+                  // where the left margin of the next row begins
+  bool paired;
   int64_t parts, taps;  // taps of each part
   int64_t unit_rows;    // output rows that are made together
 
   Layout(const Problem& p, int64_t columns)
-      : paired(p.kernel == 3 && 2 * p.dilation <= p.height), kernel(p.kernel), dilation(p.dilation),
-        reach(p.kernel / 2 * p.dilation), margin(round_up(2 * reach, kN)),
-        pitch(margin + round_up(columns, kN)), parts(paired ? 4 : 1),
-        taps(paired ? 3 : kernel * kernel), unit_rows(paired ? 2 : 1) {}
+      : kernel(p.kernel), dilation(p.dilation),
+        half_y(smaller(p.kernel / 2, (p.height - 1) / p.dilation)),
+        half_x(smaller(p.kernel / 2, (p.width - 1) / p.dilation)), reach_y(half_y * dilation),
+        reach_x(half_x * dilation), kernel_y(2 * half_y + 1), kernel_x(2 * half_x + 1),
+        margin(round_up(2 * reach_x, kN)), pitch(margin + round_up(columns, kN)),
+        paired(p.kernel == 3 && half_y == 1 && 2 * dilation <= p.height && !p.direct),
+        parts(paired ? 4 : 1), taps(paired ? kernel_x : kernel_y * kernel_x),
+        unit_rows(paired ? 2 : 1) {}
 
   // Of the taps, from a pixel of a packed plane.
   void write_offsets(int64_t* to) const {
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t down = paired ? 0 : tap / kernel - kernel / 2;
-      to[tap] = dilation * (down * pitch + tap % kernel - kernel / 2);
+      const int64_t down = paired ? 0 : tap / kernel_x - half_y;
+      to[tap] = dilation * (down * pitch + tap % kernel_x - half_x);
     }
+  }
+  // The place of a tap in the kernel as it is stored.
+  int64_t stored(int64_t row, int64_t column) const {
+    const int64_t middle = kernel / 2;
+    return (row + middle - half_y) * kernel + column + middle - half_x;
   }
 
   // Tiles are made of so many rows.
@@ -327,52 +347,52 @@ struct Layout {
   // Elements of a plane with its border, and of its parts.  Not a power of two: planes would share
   // one cache set.
   int64_t plain_plane(int64_t rows) const {
-    return round_up((round_up(rows, row_step()) + 2 * reach) * pitch + margin, 2 * kN) + kN;
+    return round_up((round_up(rows, row_step()) + 2 * reach_y) * pitch + margin, 2 * kN) + kN;
   }
   int64_t plane(int64_t rows) const {
     return paired ? round_up(units(rows) * parts * pitch + margin, 2 * kN) + kN : plain_plane(rows);
   }
   // Where a part of a unit begins in a packed plane, at the first pixel.
   int64_t at(int64_t unit, int64_t part) const {
-    return (paired ? unit * parts + part : unit + reach) * pitch + margin;
+    return (paired ? unit * parts + part : unit + reach_y) * pitch + margin;
   }
   int64_t unit_stride() const { return parts * pitch; }
 
-  // The parts of one plane with a border.
-  template <bool kClamp>
-  void split(const S* plain, int64_t rows, S* parts_of) const {
+  // The parts of one plane with a border.  With kCheck returns whether its numbers fit them.
+  template <bool kCheck>
+  bool split(const S* plain, int64_t rows, S* parts_of) const {
+    auto beyond = Vec<S>{} > kMostSummed<S>;
+    bool border_beyond = false;
     for (int64_t unit = 0; unit < units(rows); ++unit) {
       const S* d = plain + row(unit, 0) * pitch;
       S* to = parts_of + unit * parts * pitch;
-      for (int64_t x = margin; x < pitch; x += kN) split_at<kClamp, Vec<S>>(d + x, to + x);
-      for (int64_t x = 0; x < reach; ++x) {
-        split_at<kClamp, S>(d + margin - reach + x, to + margin - reach + x);
-        split_at<kClamp, S>(d + pitch + x, to + pitch + x);
+      for (int64_t x = margin; x < pitch; x += kN) split_at<kCheck, Vec<S>>(d + x, to + x, &beyond);
+      for (int64_t x = 0; x < reach_x; ++x) {
+        split_at<kCheck, S>(d + margin - reach_x + x, to + margin - reach_x + x, &border_beyond);
+        split_at<kCheck, S>(d + pitch + x, to + pitch + x, &border_beyond);
       }
     }
+    for (int i = 0; i < kN; ++i) border_beyond |= beyond[i] != 0;
+    return !border_beyond;
   }
-  // A vector or a number.  Infinities become huge numbers, which saturate the gates as well, but
-  // do not turn to NaN where parts cancel.
-  template <bool kClamp, class V>
-  VSOD_INLINE void split_at(const S* from, S* to) const {
-    constexpr S kMost = sizeof(S) == 4 ? S(1e30) : S(1e300);
+  // A vector or a number.
+  template <bool kCheck, class V, class Mask>
+  VSOD_INLINE void split_at(const S* from, S* to, Mask* beyond) const {
     V d[4];
     for (int i = 0; i < 4; ++i) {
       memcpy(&d[i], from + i * dilation * pitch, sizeof(V));
-      if (kClamp) {
-        d[i] = kMost < d[i] ? kMost - V{} : d[i];
-        d[i] = -kMost > d[i] ? -kMost - V{} : d[i];
-      }
+      if (kCheck) *beyond |= (d[i] > kMostSummed<S>) | (d[i] < -kMostSummed<S>);
     }
     const V split[4] = {d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]};
     for (int i = 0; i < 4; ++i) memcpy(to + i * pitch, &split[i], sizeof(V));
   }
 
-  // The weight of a part's tap, made of the weights tap(0), tap(1) .. of the kernel.
-  template <class Tap>
-  S part_weight(int64_t part, int64_t tap, const Tap& weight) const {
-    if (!paired) return weight(tap);
-    const S top = weight(tap), middle = weight(3 + tap), bottom = weight(6 + tap);
+  // The weight of a part's tap, made of the weights weight(i) of the kernel as it is stored.
+  template <class Weight>
+  S part_weight(int64_t part, int64_t tap, const Weight& weight) const {
+    if (!paired) return weight(stored(tap / kernel_x, tap % kernel_x));
+    const S top = weight(stored(0, tap)), middle = weight(stored(1, tap));
+    const S bottom = weight(stored(2, tap));
     switch (part) {
       case 0: return top;
       case 1: return (top + middle + bottom) / 2;
@@ -435,13 +455,13 @@ struct Blocks {
 template <class S, class N>
 void pack_plane(const Problem& p, const Layout<S>& layout, const Tile& tile, const N* src,
                 int64_t stride_y, int64_t stride_x, S* dst) {
-  const int64_t reach = layout.reach;
+  const int64_t reach = layout.reach_x;
   const int64_t left = larger(tile.x - reach, 0);
   const int64_t right = smaller(tile.x + tile.columns + reach, p.width);
   const int64_t before = layout.margin - reach - (tile.x - left);
-  const int64_t end = tile.y + round_up(tile.rows, layout.row_step()) + reach;
+  const int64_t end = tile.y + round_up(tile.rows, layout.row_step()) + layout.reach_y;
   dst += reach;
-  for (int64_t y = tile.y - reach; y < end; ++y, dst += layout.pitch) {
+  for (int64_t y = tile.y - layout.reach_y; y < end; ++y, dst += layout.pitch) {
     if (y < 0 || y >= p.height) {
       memset(dst, 0, layout.pitch * sizeof(S));
       continue;
@@ -476,6 +496,7 @@ struct Common {
   static constexpr int kN = kLanes<S>;
   const Problem& p;
   const int64_t pixels;  // of one image
+  mutable bool unfit = false;
 
   explicit Common(const Problem& problem) : p(problem), pixels(problem.height * problem.width) {}
 
@@ -497,9 +518,9 @@ struct Common {
   }
 
   // x_t and h_{t-1}, packed; returns how many planes.  `plain` is room for one plane.
-  // for_gates: infinities are clamped.
-  int64_t pack_inputs(const Layout<S>& layout, const Tile& tile, int64_t t, int64_t plane,
-                      bool for_gates, S* plain, S* dst) const {
+  // Sets `unfit` where x or the first h has numbers that do not fit Winograd's form.
+  int64_t pack_inputs(const Layout<S>& layout, const Tile& tile, int64_t t, int64_t plane, S* plain,
+                      S* dst) const {
     const N* x = static_cast<const N*>(p.x.data) + tile.b * p.x.b + t * p.x.t;
     const int64_t planes = p.channels + (hidden_plane(t, tile.b, 0) ? p.hidden : 0);
     for (int64_t i = 0; i < planes; ++i, dst += plane) {
@@ -507,9 +528,10 @@ struct Common {
       if (i < p.channels) pack_plane(p, layout, tile, x + i * p.x.c, p.x.y, p.x.x, to);
       else pack_plane(p, layout, tile, hidden_plane(t, tile.b, i - p.channels), p.width, 1, to);
       if (!layout.paired) continue;
-      if (for_gates && (i < p.channels || t == 0))  // no other h is infinite
-        layout.template split<true>(plain, tile.rows, dst);
-      else layout.template split<false>(plain, tile.rows, dst);
+      if (i >= p.channels && t > 0)  // o * tanh(c): at most one
+        layout.template split<false>(plain, tile.rows, dst);
+      else if (!layout.template split<true>(plain, tile.rows, dst))
+        __atomic_store_n(&unfit, true, __ATOMIC_RELAXED);
     }
     return planes;
   }
@@ -563,7 +585,8 @@ Tiling forward_tiling(const Problem& p) {
       return (planes * layout.plane(rows) + layout.plain_plane(rows)) * int64_t(sizeof(S));
     };
     const int64_t all = round_up(p.height, step);
-    const int64_t enough = smaller(all, round_up(8 + (layout.paired ? 0 : 2 * layout.reach), step));
+    const int64_t enough =
+        smaller(all, round_up(8 + (layout.paired ? 0 : 2 * layout.reach_y), step));
     int64_t rows = step;
     while (rows < all && bytes(rows + step) <= kTileBytes) rows += step;
     tiling.down = ceil_div(p.height, rows);
@@ -605,7 +628,7 @@ struct Forward : Common<S, N> {
 
   void run(const Tile& tile, const Places& at) const {
     const int64_t all_planes = p.channels + p.hidden;
-    const int64_t planes = this->pack_inputs(layout, tile, t, plane, true, at.plain, at.packed);
+    const int64_t planes = this->pack_inputs(layout, tile, t, plane, at.plain, at.packed);
     const Blocks blocks(ceil_div(tile.columns, kN));
     const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
@@ -664,18 +687,51 @@ struct Forward : Common<S, N> {
   }
 };
 
+// Returns false where it met numbers that do not fit Winograd's form, and gave up.
 template <class S, class N>
-int64_t forward(const Problem& p, Parallel parallel) {
+bool try_forward(const Problem& p, Parallel parallel, int64_t* missing) {
   using Run = Forward<S, N>;
   using Places = typename Run::Places;
   Run run(p);
-  for (run.t = 0; run.t < p.steps; ++run.t) {
-    const int64_t missing =
+  for (run.t = 0; run.t < p.steps && !*missing && !run.unfit; ++run.t)
+    *missing =
         each_task<Places>(parallel, run.tiling.tiles(p), run,
                           [&](int64_t i, const Places& at) { run.run(run.tiling.tile(p, i), at); });
-    if (missing) return missing;
+  return !run.unfit;
+}
+
+template <class S, class N>
+bool weights_fit(const N* weights, int64_t count) {
+  bool fit = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const S w = widen(weights[i]);
+    fit &= !(w > kMostSummed<S> || w < -kMostSummed<S>);
   }
-  return 0;
+  return fit;
+}
+
+// Calls run(problem, missing), and again without Winograd where numbers do not fit.
+template <class S, class N, class Run>
+int64_t with_fitting_form(const Problem& problem, const Run& run) {
+  Problem p = problem;
+  p.direct = !weights_fit<S>(static_cast<const N*>(p.weight_ih),
+                             4 * p.hidden * p.channels * p.kernel * p.kernel) ||
+             !weights_fit<S>(static_cast<const N*>(p.weight_hh),
+                             4 * p.hidden * p.hidden * p.kernel * p.kernel);
+  int64_t missing = 0;
+  if (!run(p, &missing)) {
+    p.direct = true;
+    missing = 0;
+    run(p, &missing);
+  }
+  return missing;
+}
+
+template <class S, class N>
+int64_t forward(const Problem& problem, Parallel parallel) {
+  return with_fitting_form<S, N>(problem, [&](const Problem& p, int64_t* missing) {
+    return try_forward<S, N>(p, parallel, missing);
+  });
 }
 
 // ------------------------------------------------------------------ backward
@@ -733,11 +789,11 @@ Strips backward_strips(const Problem& p) {
   Tiling& tiling = strips.tiling;
   for (tiling.across = 1;; ++tiling.across) {
     tiling.columns = columns_of<S>(p, tiling.across);
-    strips.halo = tiling.across == 1 ? 0 : round_up(p.kernel / 2 * p.dilation, kN);
+    strips.halo = tiling.across == 1 ? 0 : round_up(Layout<S>(p, p.width).reach_x, kN);
     strips.columns = smaller(p.width, tiling.columns + 2 * strips.halo);
     const Layout<S> layout(p, strips.columns);
     const int64_t step = layout.row_step(), all = round_up(p.height, step);
-    const int64_t enough = smaller(all, layout.paired ? step : 2 * layout.reach + 2);
+    const int64_t enough = smaller(all, layout.paired ? step : 2 * layout.reach_y + 2);
     const auto fits = [&](int64_t band) {
       strips.band = band;
       const Pieces needs = pieces(p, layout, strips);
@@ -750,7 +806,7 @@ Strips backward_strips(const Problem& p) {
     const bool good = band >= enough && fits(band);
     strips.band = band;
     // Above and below a strip, gate gradients are made twice.
-    const int64_t rows = larger(p.gates ? kStripRows : kRecomputedStripRows, 4 * layout.reach);
+    const int64_t rows = larger(p.gates ? kStripRows : kRecomputedStripRows, 4 * layout.reach_y);
     tiling.rows = round_up(smaller(rows, p.height), band);
     if (good || tiling.columns <= 4 * kN) break;
   }
@@ -853,7 +909,7 @@ struct Backward : Common<S, N> {
     Tile wide = strip;  // with the halo
     wide.x = larger(strip.x - strips.halo, 0);
     wide.columns = smaller(strip.x + strip.columns + strips.halo, p.width) - wide.x;
-    const int64_t reach = layout.reach, band_rows = strips.band;
+    const int64_t reach = layout.reach_y, band_rows = strips.band;
     for (int64_t row = 0; row < 2 * reach; row += band_rows) {
       wide.y = strip.y - reach + row, wide.rows = smaller(band_rows, 2 * reach - row);
       gate_gradients(strip, wide, row, at);
@@ -868,7 +924,7 @@ struct Backward : Common<S, N> {
       for (int64_t g = 0; g < gates && reach; ++g) {
         S* plane = at.window + g * window_plane;
         memmove(plane, plane + band_rows * layout.pitch,
-                (2 * reach * layout.pitch + reach) * sizeof(S));
+                (2 * reach * layout.pitch + layout.reach_x) * sizeof(S));
       }
     }
     S* peephole_total = group + group_sums<S>(p) - 3 * p.hidden * kN;
@@ -884,11 +940,11 @@ struct Backward : Common<S, N> {
     for (int64_t row = 0; row < wide.rows; ++row)
       if (wide.y + row < first_row || wide.y + row >= end_row)
         for (int64_t g = 0; g < gates; ++g)
-          memset(at.window + g * window_plane + (window_row + row) * layout.pitch + layout.reach, 0,
-                 layout.pitch * sizeof(S));
+          memset(at.window + g * window_plane + (window_row + row) * layout.pitch + layout.reach_x,
+                 0, layout.pitch * sizeof(S));
     if (first_row >= end_row) return;
     int64_t planes = 0;
-    if (!p.gates) planes = this->pack_inputs(layout, wide, t, plane, true, at.plain, at.inputs);
+    if (!p.gates) planes = this->pack_inputs(layout, wide, t, plane, at.plain, at.inputs);
     const Blocks blocks(ceil_div(wide.columns, kN));
     const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
@@ -1074,7 +1130,7 @@ struct Backward : Common<S, N> {
   // 3 with e1.
   void weight_gradients(const Tile& band, int64_t shift, const Places& at, S* group) const {
     const int64_t planes =
-        need_weights ? this->pack_inputs(layout, band, t, plane, false, at.plain, at.inputs) : 0;
+        need_weights ? this->pack_inputs(layout, band, t, plane, at.plain, at.inputs) : 0;
     const int64_t units = layout.units(band.rows), columns = strips.tiling.columns;
     const int64_t depth_columns = smaller(band.columns, kDepthPixels);
     const int64_t depth_units = larger(1, kDepthPixels / band.columns);
@@ -1123,7 +1179,7 @@ struct Backward : Common<S, N> {
           S* to = at.transposed + unit * per_row + x * panel_lanes + lane;
           for (int64_t r = 0; r < layout.unit_rows; ++r) {
             const S* from = at.window + first * window_plane + layout.margin + shift + x +
-                            (layout.row(unit, r) + layout.reach) * layout.pitch;
+                            (layout.row(unit, r) + layout.reach_y) * layout.pitch;
             Vec<S> square[kN] = {};
 #pragma GCC unroll 16
             for (int j = 0; j < kN; ++j)
@@ -1164,17 +1220,18 @@ struct Backward : Common<S, N> {
       S* to = static_cast<S*>(of_x ? p.dweight_ih : p.dweight_hh);
       if (!to) continue;
       to += (of_x ? g * p.channels + plane : g * p.hidden + plane - p.channels) * all_taps;
+      memset(to, 0, all_taps * sizeof(S));
       for (int64_t tap = 0; tap < layout.taps; ++tap) {
         const auto part = [&](int64_t i) {
           return total(of_gate + (plane * taps + i * layout.taps + tap) * panel_lanes, size);
         };
         if (layout.paired) {
           const S one = part(1), two = part(2);
-          to[tap] = part(0) + (one + two) / 2;
-          to[3 + tap] = (one - two) / 2;
-          to[6 + tap] = (one + two) / 2 + part(3);
+          to[layout.stored(0, tap)] = part(0) + (one + two) / 2;
+          to[layout.stored(1, tap)] = (one - two) / 2;
+          to[layout.stored(2, tap)] = (one + two) / 2 + part(3);
         } else {
-          to[tap] = part(0);
+          to[layout.stored(tap / layout.kernel_x, tap % layout.kernel_x)] = part(0);
         }
       }
     }
@@ -1194,18 +1251,25 @@ struct Backward : Common<S, N> {
 };
 
 template <class S, class N>
-int64_t backward(const Problem& p, Parallel parallel) {
+bool try_backward(const Problem& p, Parallel parallel, int64_t* missing) {
   using Run = Backward<S, N>;
   using Places = typename Run::Places;
   Run run(p);
-  for (run.t = p.steps - 1; run.t >= 0; --run.t) {
-    const int64_t missing =
-        each_task<Places>(parallel, p.groups, run,
-                          [&](int64_t group, const Places& at) { run.run_group(group, at); });
-    if (missing) return missing;
-  }
-  each_task(parallel, run.gates, [&](int64_t g) { run.reduce(g); });
-  return 0;
+  memset(p.sums, 0, p.groups * group_sums<S>(p) * sizeof(S));
+  if (p.dpeephole && p.full_peephole) memset(p.dpeephole, 0, 3 * p.hidden * run.pixels * sizeof(S));
+  for (run.t = p.steps - 1; run.t >= 0 && !*missing && !run.unfit; --run.t)
+    *missing = each_task<Places>(parallel, p.groups, run, [&](int64_t group, const Places& at) {
+      run.run_group(group, at);
+    });
+  if (!*missing && !run.unfit) each_task(parallel, run.gates, [&](int64_t g) { run.reduce(g); });
+  return !run.unfit;
+}
+
+template <class S, class N>
+int64_t backward(const Problem& problem, Parallel parallel) {
+  return with_fitting_form<S, N>(problem, [&](const Problem& p, int64_t* missing) {
+    return try_backward<S, N>(p, parallel, missing);
+  });
 }
 
 template <class S>

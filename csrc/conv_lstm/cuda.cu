@@ -76,8 +76,9 @@ ForwardResult forward_cuda(const Tensor& x, const MaybeTensor& h, const MaybeTen
                            int64_t dilation, int64_t save) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Arguments a{x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation};
-  return for_dtype<false>(
-      x, [&](auto number) { return forward<decltype(number)>(launcher(x), a, save); });
+  return for_dtype<false>(x, [&](auto number) {
+    return forward<decltype(number)>(launcher(x), Device::kCuda, a, save);
+  });
 }
 
 BackwardResult backward_cuda(const MaybeTensor& grad_out, const MaybeTensor& grad_c,
@@ -89,8 +90,9 @@ BackwardResult backward_cuda(const MaybeTensor& grad_out, const MaybeTensor& gra
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Arguments a{x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation};
   const Incoming in{grad_out, grad_c, out, c_last, cells, gates};
-  return for_dtype<false>(
-      x, [&](auto number) { return backward<decltype(number)>(launcher(x), a, in, needs, 0); });
+  return for_dtype<false>(x, [&](auto number) {
+    return backward<decltype(number)>(launcher(x), Device::kCuda, a, in, needs, 0);
+  });
 }
 
 }  // namespace

@@ -55,8 +55,9 @@ ForwardResult forward_on_host(const Tensor& x, const MaybeTensor& h, const Maybe
                               const MaybeTensor& bias, const MaybeTensor& weight_peephole,
                               int64_t dilation, int64_t save, bool reverse) {
   const Arguments a{x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation};
-  return for_dtype<true>(
-      x, [&](auto number) { return forward<decltype(number)>(Launcher{reverse}, a, save); });
+  return for_dtype<true>(x, [&](auto number) {
+    return forward<decltype(number)>(Launcher{reverse}, Device::kCpu, a, save);
+  });
 }
 
 BackwardResult backward_on_host(const MaybeTensor& grad_out, const MaybeTensor& grad_c,
@@ -69,7 +70,7 @@ BackwardResult backward_on_host(const MaybeTensor& grad_out, const MaybeTensor& 
   const Arguments a{x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation};
   const Incoming in{grad_out, grad_c, out, c_last, cells, gates};
   return for_dtype<true>(x, [&](auto number) {
-    return backward<decltype(number)>(Launcher{reverse}, a, in, needs, window);
+    return backward<decltype(number)>(Launcher{reverse}, Device::kCpu, a, in, needs, window);
   });
 }
 

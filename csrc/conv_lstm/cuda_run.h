@@ -8,20 +8,15 @@
 // fill the GPU.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "../common/tensors.h"
 #include "cuda_backward.h"
 #include "cuda_forward.h"
 #include "cuda_weights.h"
@@ -29,9 +24,6 @@
 namespace vsod {
 namespace conv_lstm_cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -39,6 +31,9 @@ constexpr int64_t kSaveCells = 1, kSaveGates = 2;  // as in op.py
 constexpr int64_t kWindowPixels = int64_t(1) << 20;
 constexpr int64_t kWeightBlocks = 1056;  // some 8 a multiprocessor; the same on every GPU, so that
                                          // the order of sums is
+
+constexpr const char* kOp = "conv_lstm";
+constexpr int64_t kMostSide = int64_t(1) << 20;  // of x and the kernel's reach: they are ints
 
 struct Arguments {
   const Tensor& x;
@@ -57,53 +52,35 @@ T* pointer(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
-inline ScalarType state_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline bool has_shape(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  if (x.dim() != int64_t(sizes.size())) return false;
-  int64_t d = 0;
-  for (const int64_t size : sizes)
-    if (x.size(d++) != size) return false;
-  return true;
-}
-
-// What the kernels rely on; conv_lstm() in Python says the same with argument names.
-inline Shape check(const Arguments& a) {
-  STD_TORCH_CHECK(a.x.dim() == 5 && a.weight_hh.dim() == 4 && a.x.numel() > 0,
-                  "conv_lstm: x must be (B, T, C, H, W) and not empty, weight_hh (4M, M, k, k)");
-  STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < (1 << 20) && a.weight_hh.size(2) % 2 == 1 &&
-                      a.weight_hh.size(2) < 1024,
-                  "conv_lstm: dilation or kernel out of range");
-  Shape s{a.x.size(0),
-          a.x.size(1),
-          a.x.size(2),
-          a.weight_hh.size(1),
-          a.x.size(3),
-          a.x.size(4),
-          int(a.weight_hh.size(2)),
-          int(a.dilation)};
-  const auto fits = [&](const MaybeTensor& x, std::initializer_list<int64_t> sizes,
-                        ScalarType dtype) {
-    return !x.has_value() ||
-           (has_shape(*x, sizes) && x->scalar_type() == dtype && x->is_contiguous() &&
-            x->get_device_index() == a.x.get_device_index());
-  };
+// What the kernels rely on; conv_lstm() in Python says the same with its own words.
+inline Shape check_arguments(const Check& check, const Arguments& a) {
+  check.first("x", a.x, 5);
+  check.first("weight_hh", a.weight_hh, 4);
+  STD_TORCH_CHECK(a.x.numel() > 0, kOp, ": x is empty");
+  const int64_t m = a.weight_hh.size(1), k = a.weight_hh.size(2);
+  STD_TORCH_CHECK(m >= 1 && m <= kMostSide && k % 2 == 1 && k < 1024, kOp,
+                  ": weight_hh must be (4M, M, k, k) with M >= 1 and odd k below 1024, got ",
+                  text_of(sizes_of(a.weight_hh)));
+  STD_TORCH_CHECK(a.dilation >= 1, kOp, ": dilation must be at least 1, got ", a.dilation);
+  STD_TORCH_CHECK(a.x.size(2) <= kMostSide && a.x.size(3) <= kMostSide && a.x.size(4) <= kMostSide,
+                  kOp, ": x is too large for one launch");
+  // A tap further away than the other end of the image is outside of it, however much further.
+  const int64_t dilation = std::min(a.dilation, std::max(a.x.size(3), a.x.size(4)));
+  const Shape s{a.x.size(0), a.x.size(1), a.x.size(2), m,
+                a.x.size(3), a.x.size(4), int(k),      int(dilation)};
   const ScalarType dtype = a.x.scalar_type();
-  const int64_t m = s.hidden, k = s.kernel;
-  STD_TORCH_CHECK(fits(a.weight_ih, {4 * m, s.channels, k, k}, dtype) &&
-                      fits(a.weight_hh, {4 * m, m, k, k}, dtype) && fits(a.bias, {4 * m}, dtype),
-                  "conv_lstm: weights or bias do not fit");
-  STD_TORCH_CHECK(fits(a.h, {s.batch, m, s.height, s.width}, dtype) &&
-                      fits(a.c, {s.batch, m, s.height, s.width}, state_dtype(a.x)),
-                  "conv_lstm: the state does not fit");
-  STD_TORCH_CHECK(fits(a.weight_peephole, {3, m}, dtype) ||
-                      fits(a.weight_peephole, {3, m, s.height, s.width}, dtype),
-                  "conv_lstm: weight_peephole does not fit");
+  const Sizes image{s.batch, m, s.height, s.width};
+  check.fits("weight_ih", a.weight_ih, a.x, dtype, {4 * m, s.channels, k, k}, Stride::kContiguous);
+  check.fits("weight_hh", a.weight_hh, a.x, dtype, {4 * m, m, k, k}, Stride::kContiguous);
+  check.fits("bias", a.bias, a.x, dtype, {4 * m}, Stride::kContiguous);
+  check.fits("h", a.h, a.x, dtype, image, Stride::kContiguous);
+  check.fits("c", a.c, a.x, compute_type(a.x), image, Stride::kContiguous);
+  const bool full = a.weight_peephole && a.weight_peephole->dim() == 4;
+  check.fits("weight_peephole", a.weight_peephole, a.x, dtype,
+             full ? Sizes{3, m, s.height, s.width} : Sizes{3, m}, Stride::kContiguous);
   const Grid most = make_grid(s, 1, WeightTask<float, true>::kTileY, ceil_div(m, 4));
-  STD_TORCH_CHECK(double(most.blocks()) * double(s.batch) * double(s.steps) < 2147483648.0,
-                  "conv_lstm: too many pixels for one launch");
+  STD_TORCH_CHECK(double(most.blocks()) * double(s.batch) * double(s.steps) < 2147483648.0, kOp,
+                  ": too many pixels for one launch");
   return s;
 }
 
@@ -159,13 +136,15 @@ void launch_forward(const Launcher& launch, const Arguments& a, const Shape& s, 
 }
 
 template <class N, class Launcher>
-ForwardResult forward(const Launcher& launch, const Arguments& a, int64_t save) {
+ForwardResult forward(const Launcher& launch, Device device, const Arguments& a, int64_t save) {
   using S = typename Wide<N>::type;
-  const Shape s = check(a);
+  const Shape s = check_arguments(Check(kOp, device), a);
+  STD_TORCH_CHECK(save >= 0 && save <= kSaveGates, kOp, ": save must be 0, 1 or 2, got ", save);
   const int64_t numbers = s.hidden * s.pixels();
-  const ScalarType wide = state_dtype(a.x);
-  const auto make = [&](std::vector<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_empty(a.x, sizes, dtype);
+  const ScalarType wide = compute_type(a.x);
+  const Allocator allocate(kOp, a.x);
+  const auto make = [&](const Sizes& sizes, ScalarType dtype) {
+    return allocate.empty(sizes, dtype);
   };
   std::vector<int64_t> kept_sizes{0}, gate_sizes{0};
   if (save >= kSaveCells) kept_sizes = {s.batch, s.steps - 1, s.hidden, s.height, s.width};
@@ -291,27 +270,22 @@ void reduce(const Launcher& launch, const Tensor& partial, int64_t offset, const
 }
 
 // What backward gets beside the arguments of forward.
-inline void check_kept(const Arguments& a, const Incoming& in, const Shape& s,
+inline void check_kept(const Check& check, const Arguments& a, const Incoming& in, const Shape& s,
                        const std::vector<bool>& needs) {
-  const ScalarType dtype = a.x.scalar_type(), wide = state_dtype(a.x);
-  STD_TORCH_CHECK(needs.size() == 7 && in.out.is_contiguous() && in.c_last.is_contiguous() &&
-                      in.cells.is_contiguous() && in.gates.is_contiguous() &&
-                      has_shape(in.out, {s.batch, s.steps, s.hidden, s.height, s.width}) &&
-                      has_shape(in.cells, {s.batch, s.steps - 1, s.hidden, s.height, s.width}) &&
-                      in.out.scalar_type() == dtype && in.cells.scalar_type() == wide &&
-                      in.c_last.scalar_type() == wide,
-                  "conv_lstm: what forward kept does not fit");
-  STD_TORCH_CHECK(in.gates.dim() == 1 ||
-                      has_shape(in.gates, {s.batch, s.steps, 4 * s.hidden, s.height, s.width}),
-                  "conv_lstm: gates do not fit");
-  STD_TORCH_CHECK(!in.grad_out.has_value() ||
-                      (in.grad_out->scalar_type() == dtype &&
-                       has_shape(*in.grad_out, {s.batch, s.steps, s.hidden, s.height, s.width})),
-                  "conv_lstm: grad_out does not fit");
-  STD_TORCH_CHECK(
-      !in.grad_c.has_value() || (in.grad_c->scalar_type() == wide && in.grad_c->is_contiguous() &&
-                                 has_shape(*in.grad_c, {s.batch, s.hidden, s.height, s.width})),
-      "conv_lstm: grad_c does not fit");
+  const ScalarType dtype = a.x.scalar_type(), wide = compute_type(a.x);
+  const Sizes image{s.batch, s.hidden, s.height, s.width};
+  const Sizes images{s.batch, s.steps, s.hidden, s.height, s.width};
+  STD_TORCH_CHECK(needs.size() == 7, kOp, ": needs must have 7 elements, got ", needs.size());
+  check.fits("out", in.out, a.x, dtype, images, Stride::kContiguous);
+  check.fits("c_last", in.c_last, a.x, wide, image, Stride::kContiguous);
+  check.fits("cells", in.cells, a.x, wide, {s.batch, s.steps - 1, s.hidden, s.height, s.width},
+             Stride::kContiguous);
+  check.fits(
+      "gates", in.gates, a.x, dtype,
+      in.gates.dim() == 1 ? Sizes{0} : Sizes{s.batch, s.steps, 4 * s.hidden, s.height, s.width},
+      Stride::kContiguous);
+  check.fits("grad_out", in.grad_out, a.x, dtype, images, Stride::kAny);
+  check.fits("grad_c", in.grad_c, a.x, wide, image, Stride::kContiguous);
 }
 
 // Launches the peephole gradient of some steps into `partial`, with a row for each of `chunks`.
@@ -335,19 +309,21 @@ void launch_peephole(const Launcher& launch, const Shape& s,
 
 // window: steps whose gate gradients are kept at a time; 0 lets kWindowPixels decide.
 template <class N, class Launcher>
-BackwardResult backward(const Launcher& launch, const Arguments& a, const Incoming& in,
-                        const std::vector<bool>& needs, int64_t window) {
+BackwardResult backward(const Launcher& launch, Device device, const Arguments& a,
+                        const Incoming& in, const std::vector<bool>& needs, int64_t window) {
   using S = typename Wide<N>::type;
-  const Shape s = check(a);
+  const Check check(kOp, device);
+  const Shape s = check_arguments(check, a);
   const bool fast = is_fast(s), again = in.gates.dim() == 1;
   const int64_t numbers = s.hidden * s.pixels(), gate_numbers = 4 * s.hidden;
-  const ScalarType dtype = a.x.scalar_type(), wide = state_dtype(a.x);
-  check_kept(a, in, s, needs);
-  const auto make = [&](std::vector<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(a.x, sizes, type);
+  const ScalarType dtype = a.x.scalar_type(), wide = compute_type(a.x);
+  check_kept(check, a, in, s, needs);
+  const Allocator allocate(kOp, a.x);
+  const auto make = [&](const Sizes& sizes, ScalarType type) {
+    return allocate.empty(sizes, type);
   };
   const auto gradient = [&](int index, const MaybeTensor& like) {
-    return needs[index] && like.has_value() ? torch::stable::empty_like(*like) : make({0}, dtype);
+    return needs[index] && like.has_value() ? allocate.empty_like(*like) : make({0}, dtype);
   };
   std::vector<int64_t> dx_sizes{0};
   if (needs[0]) dx_sizes = {s.batch, s.steps, s.channels, s.height, s.width};

@@ -85,13 +85,13 @@ struct Launcher {
 Tensor forward_cuda(const Tensor& prob, const Tensor& image, int64_t iterations,
                     double gaussian_sxy, double gaussian_weight, double bilateral_sxy,
                     double bilateral_srgb, double bilateral_weight) {
-  check(prob, image, false);
+  const Problem problem{iterations,    gaussian_sxy,   gaussian_weight,
+                        bilateral_sxy, bilateral_srgb, bilateral_weight};
+  dense_crf::check(Device::kCuda, prob, image, problem);
   const torch::stable::accelerator::DeviceGuard guard(prob.get_device_index());
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(prob.get_device_index(), &stream));
-  const Problem problem{iterations,    gaussian_sxy,   gaussian_weight,
-                        bilateral_sxy, bilateral_srgb, bilateral_weight};
   return forward(Launcher{static_cast<cudaStream_t>(stream)}, prob, image, problem, 0);
 }
 

@@ -44,9 +44,9 @@ Tensor forward_on_host(const Tensor& prob, const Tensor& image, int64_t iteratio
                        double gaussian_sxy, double gaussian_weight, double bilateral_sxy,
                        double bilateral_srgb, double bilateral_weight, int64_t images_at_once,
                        bool reverse) {
-  check(prob, image, true);
   const Problem problem{iterations,    gaussian_sxy,   gaussian_weight,
                         bilateral_sxy, bilateral_srgb, bilateral_weight};
+  dense_crf::check(Device::kCpu, prob, image, problem);
   return forward(Launcher{reverse}, prob, image, problem, images_at_once);
 }
 

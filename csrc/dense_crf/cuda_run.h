@@ -16,31 +16,20 @@
 // image's number is the upper part of a key, so images share no vertices.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "cuda_kernels.h"
 
 namespace vsod {
 namespace dense_crf_cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using Problem = dense_crf::Numbers;
 
 // Enough to fill a GPU; 8 images of 512 x 512, whose sort takes 0.3 GB.
 constexpr int64_t kGroupPoints = int64_t(1) << 21;
-
-struct Problem {
-  int64_t iterations;
-  double gaussian_sxy, gaussian_weight, bilateral_sxy, bilateral_srgb, bilateral_weight;
-};
 
 // Allocates like `like`, and holds what it gave until it goes.
 class Memory {
@@ -50,7 +39,7 @@ class Memory {
   template <class T>
   T* get(int64_t count) {
     const int64_t bytes = std::max<int64_t>(count, 1) * int64_t(sizeof(T));
-    held_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+    held_.push_back(Allocator("dense_crf", like_).empty({bytes}, ScalarType::Byte));
     return static_cast<T*>(held_.back().data_ptr());
   }
 
@@ -132,31 +121,13 @@ Lattice build(const Launcher& launch, const Geometry<D>& geometry, const Tensor&
   return lattice;
 }
 
-inline void check(const Tensor& prob, const Tensor& image, bool on_host) {
-  STD_TORCH_CHECK((on_host ? prob.is_cpu() && image.is_cpu() : prob.is_cuda() && image.is_cuda()) &&
-                      prob.get_device_index() == image.get_device_index() && prob.is_contiguous() &&
-                      image.is_contiguous(),
-                  "dense_crf: prob and image must be contiguous tensors of one device");
-  STD_TORCH_CHECK(
-      prob.scalar_type() == ScalarType::Float &&
-          (image.scalar_type() == ScalarType::Byte || image.scalar_type() == ScalarType::Float),
-      "dense_crf: prob must be float32, image uint8 or float32");
-  const int64_t d = prob.dim();
-  STD_TORCH_CHECK((d == 3 || (d == 4 && prob.size(1) >= 2)) && image.dim() == 4 &&
-                      image.size(0) == prob.size(0) && image.size(1) == 3 &&
-                      image.size(2) == prob.size(d - 2) && image.size(3) == prob.size(d - 1),
-                  "dense_crf: shapes of prob and image do not fit");
-  STD_TORCH_CHECK(image.size(2) * image.size(3) <= (int64_t(1) << 28),
-                  "dense_crf: an image may have at most 2^28 pixels");
-}
-
 // images_at_once: 0 for as many as fill a GPU.
 template <class Launcher>
 Tensor forward(const Launcher& launch, const Tensor& prob, const Tensor& image, const Problem& p,
                int64_t images_at_once) {
-  STD_TORCH_CHECK(p.iterations >= 1 && p.iterations <= 1000,
-                  "dense_crf: iterations must be from 1 to 1000, got ", p.iterations);
-  Tensor out = torch::stable::empty_like(prob);
+  STD_TORCH_CHECK(images_at_once >= 0, "dense_crf: images_at_once must be at least 0, got ",
+                  images_at_once);
+  Tensor out = Allocator("dense_crf", prob).empty_like(prob);
   const int64_t batch = image.size(0), height = image.size(2), width = image.size(3);
   const int64_t pixels = height * width, classes = prob.dim() == 4 ? prob.size(1) : 0;
   const int64_t channels = std::max<int64_t>(classes, 1);
@@ -165,12 +136,6 @@ Tensor forward(const Launcher& launch, const Tensor& prob, const Tensor& image, 
   const bool use_gaussian = p.gaussian_weight > 0, use_bilateral = p.bilateral_weight > 0;
   const Geometry<2> positions(height, width, p.gaussian_sxy, 0);
   const Geometry<5> colours(height, width, p.bilateral_sxy, p.bilateral_srgb);
-  STD_TORCH_CHECK(!use_gaussian || positions.fits, "dense_crf: gaussian_sxy = ", p.gaussian_sxy,
-                  " is too small for an image of this size");
-  STD_TORCH_CHECK(!use_bilateral || colours.fits, "dense_crf: bilateral_sxy = ", p.bilateral_sxy,
-                  " with bilateral_srgb = ", p.bilateral_srgb,
-                  " is too small for an image of this size");
-
   int64_t group = images_at_once ? images_at_once : std::max<int64_t>(kGroupPoints / pixels, 1);
   group = std::min(group, batch);
   while (group > 1 && colours.fits && colours.bits + bits_for(group) > 63) group /= 2;

@@ -3,12 +3,6 @@
 
 #include "cpu.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -24,41 +18,38 @@ VSOD_LEVEL_TABLES(const shunted_attention::Kernel*, shunted_attention_kernels)
 namespace shunted_attention {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-const Kernel& kernel_for(const Tensor& q) {
-  return *shunted_attention_kernels(dtype_of("shunted_attention", "q", q));
-}
+constexpr const char* kOp = "shunted_attention";
+constexpr int64_t kMostHeadDim = 256;
 
 Operand operand(const Tensor& x) {
   return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  for (int d = 0; d < 4; ++d)
-    if (a.size(d) != b.size(d)) return false;
-  return true;
-}
-
-// What the kernel relies on; shunted_attention() in Python says the same with argument names.
-void check(const Tensor& q, const Tensors& keys, const Tensors& values) {
-  STD_TORCH_CHECK(q.dim() == 4 && !keys.empty() && keys.size() == values.size(),
-                  "shunted_attention: q must be (B, H, N, D), keys and values lists of one length");
-  STD_TORCH_CHECK(q.size(3) >= 1 && q.size(3) <= 256, "shunted_attention: head_dim above 256");
+// What the kernel relies on; shunted_attention() in Python says the same with its own words.
+Check check(const Tensor& q, const Tensors& keys, const Tensors& values) {
+  const Check check(kOp, Device::kCpu);
+  check.first("q", q, 4);
+  check.floating("q", q);
+  const int64_t batch = q.size(0), head_dim = q.size(3);
+  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kMostHeadDim, kOp, ": head_dim must be 1 to ",
+                  kMostHeadDim, ", got ", head_dim);
+  STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), kOp, ": got ", keys.size(),
+                  " keys and ", values.size(), " values, but each group needs one of both");
+  STD_TORCH_CHECK(q.numel() > 0, kOp, ": q is empty");
   int64_t heads = 0;
   for (size_t g = 0; g < keys.size(); ++g) {
-    for (const Tensor* x : {&keys[g], &values[g]})
-      STD_TORCH_CHECK(x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(),
-                      "shunted_attention: keys and values must be 4-D CPU tensors of q's dtype");
-    STD_TORCH_CHECK(same_shape(keys[g], values[g]) && keys[g].size(0) == q.size(0) &&
-                        keys[g].size(3) == q.size(3) && keys[g].size(2) >= 1,
-                    "shunted_attention: shapes of group ", g, " do not fit");
-    heads += keys[g].size(1);
+    const std::string index = "[" + std::to_string(g) + "]";
+    check.first(("keys" + index).c_str(), keys[g], 4);
+    const Sizes sizes{batch, keys[g].size(1), keys[g].size(2), head_dim};
+    check.fits("keys" + index, keys[g], q, q.scalar_type(), sizes, Stride::kAny);
+    check.fits("values" + index, values[g], q, q.scalar_type(), sizes, Stride::kAny);
+    STD_TORCH_CHECK(sizes[2] >= 1, kOp, ": keys", index, " has no keys");
+    heads += sizes[1];
   }
-  STD_TORCH_CHECK(heads == q.size(1), "shunted_attention: keys have ", heads, " heads, q has ",
-                  q.size(1));
+  STD_TORCH_CHECK(heads == q.size(1), kOp, ": keys have ", heads, " heads, q has ", q.size(1));
+  return check;
 }
 
 std::vector<Group> make_groups(const Tensors& keys, const Tensors& values) {
@@ -78,27 +69,32 @@ void longest_first(std::vector<Group>& groups) {
                    [](const Group& a, const Group& b) { return a.length > b.length; });
 }
 
+Problem problem_of(const Tensor& q, const Tensor& out, const Tensor& lse, double scale,
+                   std::vector<Group>& groups) {
+  Problem p{};
+  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.head_dim = q.size(3);
+  p.scale = scale;
+  p.group_count = int64_t(groups.size()), p.groups = groups.data();
+  p.q = operand(q), p.out = operand(out), p.lse = lse.data_ptr();
+  return p;
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, Tensors keys, Tensors values, double scale) {
   check(q, keys, values);
-  const Kernel& kernel = kernel_for(q);
+  const Kernel& kernel = *shunted_attention_kernels(dtype_of(q));
+  const Allocator allocate(kOp, q);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), head_dim = q.size(3);
-  Tensor out = torch::stable::empty_like(q);
-  Tensor lse = torch::stable::new_empty(q, {batch, heads, queries}, compute_type(q));
+  Tensor out = allocate.empty_like(q);
+  Tensor lse = allocate.empty({batch, heads, queries}, compute_type(q));
   std::vector<Group> groups = make_groups(keys, values);
   Tensors packed;
   for (Group& group : groups) {
-    packed.push_back(torch::stable::new_empty(
-        q, {batch * group.heads * kernel.packed_elements(group.length, head_dim)},
-        compute_type(q)));
+    packed.push_back(allocate.empty(
+        {batch, group.heads, kernel.packed_elements(group.length, head_dim)}, compute_type(q)));
     group.packed = packed.back().data_ptr();
   }
   longest_first(groups);
-  Problem problem{};
-  problem.batch = batch, problem.heads = heads, problem.queries = queries;
-  problem.head_dim = head_dim, problem.scale = scale;
-  problem.group_count = int64_t(groups.size()), problem.groups = groups.data();
-  problem.q = operand(q), problem.out = operand(out), problem.lse = lse.data_ptr();
-  check_memory("shunted_attention", kernel.forward(problem, on_each_thread));
+  check_memory(kOp, kernel.forward(problem_of(q, out, lse, scale, groups), on_each_thread));
   return {out, lse};
 }
 
@@ -107,16 +103,20 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
                                               double scale, bool need_q,
                                               std::vector<bool> need_keys,
                                               std::vector<bool> need_values) {
-  check(q, keys, values);
-  STD_TORCH_CHECK(same_shape(grad_out, q) && same_shape(out, q) && lse.is_contiguous(),
-                  "shunted_attention: grad_out, out and q must have one shape, lse be contiguous");
-  STD_TORCH_CHECK(grad_out.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
-                  "shunted_attention: grad_out and out must have q's dtype");
-  const Kernel& kernel = kernel_for(q);
+  const Check check = shunted_attention::check(q, keys, values);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), head_dim = q.size(3);
+  check.fits("grad_out", grad_out, q, q.scalar_type(), sizes_of(q), Stride::kAny);
+  check.fits("out", out, q, q.scalar_type(), sizes_of(q), Stride::kAny);
+  check.fits("lse", lse, q, compute_type(q), {batch, heads, queries}, Stride::kContiguous);
+  STD_TORCH_CHECK(need_keys.size() == keys.size() && need_values.size() == keys.size(), kOp,
+                  ": need_keys and need_values must have ", keys.size(), " elements, got ",
+                  need_keys.size(), " and ", need_values.size());
+  const Kernel& kernel = *shunted_attention_kernels(dtype_of(q));
+  const Allocator allocate(kOp, q);
+  const ScalarType wide = compute_type(q);
 
   const auto gradient = [&](const Tensor& x, bool need) {
-    return need ? torch::stable::empty_like(x) : torch::stable::new_empty(q, {0});
+    return need ? allocate.empty_like(x) : allocate.empty({0}, x.scalar_type());
   };
   Tensor dq = gradient(q, need_q);
   Tensors dkeys, dvalues;
@@ -129,23 +129,19 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
   }
   longest_first(groups);
 
-  Problem problem{};
-  problem.batch = batch, problem.heads = heads, problem.queries = queries;
-  problem.head_dim = head_dim, problem.scale = scale;
-  problem.group_count = int64_t(groups.size()), problem.groups = groups.data();
-  problem.q = operand(q), problem.out = operand(out), problem.lse = lse.data_ptr();
+  Problem problem = problem_of(q, out, lse, scale, groups);
   problem.grad_out = operand(grad_out);
-  Tensor row_terms = torch::stable::new_empty(q, {2, batch, heads, queries}, compute_type(q));
+  Tensor row_terms = allocate.empty({2, batch, heads, queries}, wide);
   problem.row_terms = row_terms.data_ptr();
-  const int64_t dq_numbers = need_q ? batch * heads * kernel.dq_sum_elements(queries, head_dim) : 0;
-  Tensor dq_sum = torch::stable::new_empty(q, {dq_numbers}, compute_type(q));
-  Tensor turns = torch::stable::new_zeros(q, {batch, heads, queries}, ScalarType::Int);
+  const int64_t dq_numbers = need_q ? kernel.dq_sum_elements(queries, head_dim) : 0;
+  Tensor dq_sum = allocate.empty({batch, heads, dq_numbers}, wide);
+  Tensor turns = allocate.zeros({batch, heads, queries}, ScalarType::Int);
   if (need_q) {
     problem.dq = operand(dq);
     problem.dq_sum = dq_sum.data_ptr();
   }
   problem.turns = static_cast<int32_t*>(turns.data_ptr());
-  check_memory("shunted_attention", kernel.backward(problem, on_each_thread));
+  check_memory(kOp, kernel.backward(problem, on_each_thread));
   return {dq, dkeys, dvalues};
 }
 
