@@ -59,7 +59,7 @@ def steps(page, folder, count):
             break
         page.wait_for_timeout(50)
     assert len(entries(folder)) == count
-    page.wait_for_timeout(150)
+    page.wait_for_timeout(600)
 
 
 def screen(page, x, y):
