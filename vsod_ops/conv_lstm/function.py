@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..backends import check_name
-from . import op
+from . import op, reference
 
 State = tuple[Tensor, Tensor]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -32,7 +33,8 @@ def conv_lstm(
         o += peephole_o times c_t                         (weight_peephole only)
         h_t = sigmoid(o) tanh(c_t)
 
-    Any strides.  Differentiable once in every tensor.  Feeding a sequence in chunks and carrying
+    Any strides.  Differentiable once in every tensor; forward-mode AD and ``torch.func`` run the
+    definition.  Feeding a sequence in chunks and carrying
     the state gives the same result as feeding it whole.  x and h are never concatenated; without
     gradients the gates are never in memory.
 
@@ -107,19 +109,20 @@ def conv_lstm_cell(
 
 
 def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, recompute, backend):
-    device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    dtype = transforms.autocast_dtype(x.device.type)
+    autocast = dtype is not None and x.dtype != torch.float64
     _check(x, state, weight_ih, weight_hh, bias, weight_peephole, autocast)
     if not isinstance(dilation, int) or isinstance(dilation, bool):
         raise TypeError(f"dilation must be an int, got {type(dilation).__name__}")
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be a bool, got {type(recompute).__name__}")
     check_name(backend)
 
     h, c = (None, None) if state is None else state
     tensors = [x, h, weight_ih, weight_hh, bias, weight_peephole]
     if autocast:
-        dtype = torch.get_autocast_dtype(device_type)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
     x, h, weight_ih, weight_hh, bias, weight_peephole = tensors
     state_dtype = op.state_dtype(x.dtype)
@@ -128,12 +131,22 @@ def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, 
     batch, steps, _, height, width = x.shape
     if steps == 0:
         shape = (batch, weight_hh.shape[1], height, width)
-        h = x.new_zeros(shape) if h is None else h
-        c = x.new_zeros(shape, dtype=state_dtype) if c is None else c
+        # Copies: who writes into the state that comes back does not mean the one that went in.
+        h = x.new_zeros(shape) if h is None else h.clone()
+        c = x.new_zeros(shape, dtype=state_dtype) if c is None else c.clone()
         return x.new_empty((batch, 0, *shape[1:])), (h, c)
 
+    if transforms.applies("conv_lstm", (*tensors, c), backend):
+        out, c_last, _, _ = reference.forward(
+            *(x, h, c, weight_ih, weight_hh, bias, weight_peephole),
+            *(dilation, op.SAVE_NOTHING),
+        )
+        return out, (out[:, -1], c_last)
     save = op.SAVE_NOTHING
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, c)):
+    # An exported program keeps nothing, or its T could not be 2: a tensor of T - 1 steps would have
+    # a dimension of 1, which torch.export takes for a constant.
+    needs_grad = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if needs_grad and any(t is not None and t.requires_grad for t in (*tensors, c)):
         save = op.what_to_save(x, weight_hh.shape[1], recompute, backend)
     out, c_last, _, _ = op.conv_lstm(
         x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend

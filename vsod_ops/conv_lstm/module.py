@@ -134,6 +134,8 @@ class ConvLSTM(nn.Module):
         }
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         form = "(B, T, C, H, W)" if self.batch_first else "(T, B, C, H, W)"
         if x.dim() != 5 or x.shape[2] != self.input_channels:
             raise ValueError(
@@ -226,6 +228,8 @@ def from_fused(
         raise ValueError(
             f"weight must be (4M, {input_channels} + M, k, k), got shape {tuple(weight.shape)}"
         )
+    if bias is not None and tuple(bias.shape) != (4 * hidden,):
+        raise ValueError(f"bias must be (4M,) = ({4 * hidden},), got shape {tuple(bias.shape)}")
     weight = _reorder(weight, order)
     parameters = {
         "weight_ih": weight[:, :input_channels].contiguous(),

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..backends import check_name
 from . import op
 
@@ -94,6 +95,8 @@ def dense_crf(
         >>> (dense_crf(prob, image) > 0.5)[0, 0].tolist()
         [False, False, False, False, True, True, True, True]
     """
+    if not isinstance(preset, str):
+        raise TypeError(f"preset must be a string, got {type(preset).__name__}")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {tuple(PRESETS)}, got {preset!r}")
     numbers = dict(PRESETS[preset])
@@ -108,6 +111,8 @@ def dense_crf(
     numbers |= {name: value for name, value in given.items() if value is not None}
     _check(prob, image)
     _check_numbers(numbers)
+    if transforms.has_tangent((prob,)) or torch._C._functorch.is_gradtrackingtensor(prob):
+        raise NotImplementedError(op.NO_GRADIENT)
     check_name(backend)
     widths = [float(numbers[name]) for name in list(given)[1:]]
     return op.dense_crf(prob, image, numbers["iterations"], *widths, backend)

@@ -51,7 +51,7 @@ def _forward(prob: Tensor, image: Tensor, iterations: int, *arguments) -> Tensor
     chosen = backends.choose("dense_crf", backend, prob.device.type, prob.dtype, {"pixels": pixels})
     if prob.numel() == 0:
         return _fake(prob, image, iterations, *arguments)
-    _check_values(prob, image)
+    prob, image = _check_values(prob, image)
     if iterations == 0:
         return prob.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if chosen == "reference":
@@ -90,10 +90,22 @@ def _too_fine(
     return None
 
 
-def _check_values(prob: Tensor, image: Tensor) -> None:
-    low, high = (x.item() for x in prob.aminmax())
-    if not (low >= 0 and high <= 1):  # written so that NaN is caught
-        raise ValueError(f"prob must lie in [0, 1] without NaN, got {low:g} to {high:g}")
+# Resampling reaches values outside by rounding: this share of the range is clamped.
+_ROUNDING = 1e-3
+
+
+def _clamped(name: str, x: Tensor, top: int) -> Tensor:
+    """x in [0, top], where it misses that by rounding at most."""
+    low, high = (value.item() for value in x.aminmax())
+    slack = _ROUNDING * top
+    if not (low >= -slack and high <= top + slack):  # written so that NaN is caught
+        raise ValueError(f"{name} must lie in [0, {top}] without NaN, got {low:.9g} to {high:.9g}")
+    return x if low >= 0 and high <= top else x.clamp(0, top)
+
+
+def _check_values(prob: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """prob and image, with values that lie outside by rounding clamped."""
+    prob = _clamped("prob", prob, 1)
     if prob.dim() == 4:
         total = prob.sum(1, dtype=torch.float32)
         error = (total - 1).abs().amax().item()
@@ -102,16 +114,17 @@ def _check_values(prob: Tensor, image: Tensor) -> None:
             raise ValueError(
                 f"prob must sum to one over the classes (dim 1), but is off by up to {error:g}"
             )
-    if image.dtype != torch.uint8:
-        low, high = (x.item() for x in image.aminmax())
-        if not (low >= 0 and high <= 255):
-            raise ValueError(f"image must lie in 0..255 without NaN, got {low:g} to {high:g}")
-        if image.is_floating_point() and 0 < high <= 1:
-            warnings.warn(
-                f"dense_crf: image has values up to {high:g}, but its scale is 0..255: "
-                "in 0..1 all colours are nearly the same to the CRF",
-                stacklevel=2,
-            )
+    if image.dtype == torch.uint8:
+        return prob, image
+    image = _clamped("image", image, 255)
+    high = image.amax().item()
+    if image.is_floating_point() and 0 < high <= 1:
+        warnings.warn(
+            f"dense_crf: image has values up to {high:g}, but its scale is 0..255: "
+            "in 0..1 all colours are nearly the same to the CRF",
+            stacklevel=2,
+        )
+    return prob, image
 
 
 def _fake(prob: Tensor, image: Tensor, *arguments) -> Tensor:
@@ -122,10 +135,11 @@ def _setup_context(ctx, inputs, output):
     pass
 
 
+NO_GRADIENT = "dense_crf has no gradient: it is post-processing; call it on prob.detach()"
+
+
 def _no_gradient(ctx, grad):
-    raise NotImplementedError(
-        "dense_crf has no gradient: it is post-processing; call it on prob.detach()"
-    )
+    raise NotImplementedError(NO_GRADIENT)
 
 
 for _key in ("CPU", "CUDA"):

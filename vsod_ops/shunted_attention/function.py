@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..backends import check_name
-from . import op
+from . import op, reference
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -28,8 +29,9 @@ def shunted_attention(
     ``k_h``, ``v_h`` from ``keys[g]``, ``values[g]``.  Group 0 owns the first H_0 heads of q,
     group 1 the next H_1, and so on.  Softmax and both accumulations are in float32 (float64 for
     float64 input); no N x N_g matrix is ever in memory.  Any strides.  Differentiable once in q,
-    keys and values.  Source: shunted self-attention (Ren et al. 2022), over space and time as in
-    the multi-scale self-attention of MSSA (2023).
+    keys and values; forward-mode AD and ``torch.func`` run the definition, with scores in memory.
+    Source: shunted self-attention (Ren et al. 2022), over space and time as in the multi-scale
+    self-attention of MSSA (2023).
 
     Args:
         q: (B, H, N, D) float32, float16, bfloat16 or float64; D from 1 to 256.
@@ -60,15 +62,19 @@ def shunted_attention(
     keys, values = _check(q, keys, values)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif math.isnan(scale) or math.isinf(scale):
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale must be None or a number, got {type(scale).__name__}")
+    elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     check_name(backend)
 
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = transforms.autocast_dtype(q.device.type)
+    if dtype is not None and q.dtype != torch.float64:
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
-    out, lse = op.shunted_attention(q, keys, values, scale, backend)
+    if transforms.applies("shunted_attention", (q, *keys, *values), backend):
+        out, lse = reference.differentiable(q, keys, values, scale)
+    else:
+        out, lse = op.shunted_attention(q, keys, values, scale, backend)
     return (out, lse.float()) if return_lse else out
 
 
@@ -90,7 +96,7 @@ def _check(
     batch, heads, _, head_dim = q.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q has head_dim {head_dim}; it must be from 1 to {MAX_HEAD_DIM}")
-    autocast = torch.is_autocast_enabled(q.device.type)
+    autocast = transforms.autocast_dtype(q.device.type) is not None
     for g, (k, v) in enumerate(zip(keys, values, strict=True)):
         for name, x in ((f"keys[{g}]", k), (f"values[{g}]", v)):
             _check_tensor(name, x)

@@ -84,6 +84,11 @@ class ShuntedAttention(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        for name, value in (("dim", dim), ("num_heads", num_heads)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         rates = [_triple(r) for r in reductions]
         if not rates:
             raise ValueError("reductions is empty: at least one is needed")
@@ -108,6 +113,8 @@ class ShuntedAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """What goes into the op: q (B, H, T*H*W, D), and keys and values of each head group."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.dim() != 5 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, T, H, W, {self.dim}), got shape {tuple(x.shape)}")
         head_dim = self.dim // self.num_heads

@@ -35,6 +35,19 @@ def forward(
     return out, lse
 
 
+def differentiable(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same as `forward`, of functions that autograd and every transform know."""
+    dtype = _compute_dtype(q.dtype)
+    outs, lses = [], []
+    for q_g, k_g, v_g in zip(_heads(q, keys), keys, values, strict=True):
+        scores = scale * (q_g.to(dtype) @ k_g.to(dtype).mT)  # (B, H_g, N, N_g)
+        outs.append(scores.softmax(-1) @ v_g.to(dtype))
+        lses.append(scores.detach().logsumexp(-1))
+    return torch.cat(outs, 1).to(q.dtype), torch.cat(lses, 1)
+
+
 def backward(
     grad_out: Tensor,
     q: Tensor,
