@@ -59,11 +59,11 @@ def test_images_that_are_off_by_rounding_are_clamped(dtype):
 @pytest.mark.parametrize(
     ("prob", "image", "message"),
     [
-        (1.002, 0, r"prob must lie in \[0, 1\] without NaN, got 0.5 to 1.00199997"),
-        (-0.0011, 0, r"prob must lie in \[0, 1\] without NaN, got -0.001[01]"),
+        (1.002, 0, r"prob must lie in 0..1 without NaN, got 0.5 to 1.00199997"),
+        (-0.0011, 0, r"prob must lie in 0..1 without NaN, got -0.001[01]"),
         (float("nan"), 0, "prob must lie in"),
-        (0.5, 255.3, r"image must lie in \[0, 255\] without NaN, got 0 to 255.300003"),
-        (0.5, -0.3, r"image must lie in \[0, 255\] without NaN, got -0.300000"),
+        (0.5, 255.3, r"image must lie in 0..255 without NaN, got 0 to 255.300003"),
+        (0.5, -0.3, r"image must lie in 0..255 without NaN, got -0.300000"),
         (0.5, float("inf"), "image must lie in"),
     ],
 )

@@ -35,6 +35,14 @@ def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def is_differentiated(x: Tensor) -> bool:
+    """Whether torch.func takes a gradient through x."""
+    # torch.compile cannot look into this call, and raises for a transform by itself.
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_gradtrackingtensor(x)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of autocast on such a device, None where it is off or there is none."""
     if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):

@@ -111,7 +111,7 @@ def dense_crf(
     numbers |= {name: value for name, value in given.items() if value is not None}
     _check(prob, image)
     _check_numbers(numbers)
-    if transforms.has_tangent((prob,)) or torch._C._functorch.is_gradtrackingtensor(prob):
+    if transforms.has_tangent((prob,)) or transforms.is_differentiated(prob):
         raise NotImplementedError(op.NO_GRADIENT)
     check_name(backend)
     widths = [float(numbers[name]) for name in list(given)[1:]]

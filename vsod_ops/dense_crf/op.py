@@ -95,11 +95,11 @@ _ROUNDING = 1e-3
 
 
 def _clamped(name: str, x: Tensor, top: int) -> Tensor:
-    """x in [0, top], where it misses that by rounding at most."""
+    """x in 0..top, where it misses that by rounding at most."""
     low, high = (value.item() for value in x.aminmax())
     slack = _ROUNDING * top
     if not (low >= -slack and high <= top + slack):  # written so that NaN is caught
-        raise ValueError(f"{name} must lie in [0, {top}] without NaN, got {low:.9g} to {high:.9g}")
+        raise ValueError(f"{name} must lie in 0..{top} without NaN, got {low:.9g} to {high:.9g}")
     return x if low >= 0 and high <= top else x.clamp(0, top)
 
 
