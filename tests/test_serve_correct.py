@@ -59,7 +59,10 @@ def steps(page, folder, count):
             break
         page.wait_for_timeout(50)
     assert len(entries(folder)) == count
-    page.wait_for_timeout(600)
+    sequence, index, _ = page.get_attribute("#easel", "data-shown").rsplit("/", 2)
+    address = f"{page.url.split('#')[0]}api/labels/frames?sequence={sequence}"
+    key = page.request.get(address).json()[int(index)]["key"]
+    page.wait_for_selector(f'#easel[data-shown="{sequence}/{index}/{key}"]')
 
 
 def screen(page, x, y):
