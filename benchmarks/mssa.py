@@ -157,9 +157,12 @@ class Network:
     """MSSA on one random clip of (H, W) = (size, size), with either backend of the op."""
 
     def __init__(self, model: Any, args: argparse.Namespace, size: int):
+        from vsod_models.networks.inference import for_inference
+
         generator = torch.Generator().manual_seed(args.seed)
         self.model, self.device = model, torch.device(args.device)
         self.precision = measure.DTYPES[args.precision]
+        self.ready = for_inference(model, self.precision)  # as prediction runs it
         self.frames = torch.rand(1, args.frames, 3, size, size, generator=generator)
         self.frames = self.frames.to(self.device)
         self.mask = torch.zeros(1, args.frames, 1, size, size, device=self.device)
@@ -167,20 +170,19 @@ class Network:
         self.stages: list[dict[str, float]] = []  # seconds, of each forward with our op
 
     def use(self, backend: str) -> None:
-        for module in self.model.modules():
+        for module in [*self.model.modules(), *self.ready.modules()]:
             if isinstance(module, ShuntedAttention):
                 module.backend = backend
 
-    def logits(self) -> Tensor:
+    def logits(self, model: Any) -> Tensor:
         enabled = self.precision.itemsize == 2
         with torch.autocast(self.device.type, self.precision, enabled=enabled):
-            return self.model(self.frames)
+            return model(self.frames)
 
     def forward(self, backend: str) -> Tensor:
         self.use(backend)
-        self.model.eval()
-        with torch.inference_mode(), laps(self.model, *measure.clock(self.device)) as stages:
-            logits = self.logits()
+        with torch.inference_mode(), laps(self.ready, *measure.clock(self.device)) as stages:
+            logits = self.logits(self.ready)
         if backend != "reference":
             self.stages.append(stages)
         return logits
@@ -191,7 +193,7 @@ class Network:
 
         self.use(backend)
         self.model.train()
-        mssa_loss(self.logits(), self.mask).backward()
+        mssa_loss(self.logits(self.model), self.mask).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
         return gradients
@@ -203,8 +205,11 @@ class Network:
         return torch.cat([g.flatten().double() for g in self.training(backend)])
 
     def in_float64(self) -> "Network":
+        from vsod_models.networks.inference import for_inference
+
         wide = copy.copy(self)
         wide.model, wide.precision = copy.deepcopy(self.model).double(), torch.float64
+        wide.ready = for_inference(wide.model)
         wide.frames, wide.mask = self.frames.double(), self.mask.double()
         return wide
 

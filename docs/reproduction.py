@@ -47,6 +47,16 @@ TABLES = {
         for seed in (0, 1)
     ]),
     "small": ("clips", [("held out, 4 clips, + CRF", "msst-small")]),
+    "mobile": ("data, protocol", [
+        ("DAVIS val, 10 sequences, davsod", "mobile-davis-overlap1"),
+        ("the same, windows that share 0 frames", "mobile-davis-overlap0"),
+        ("the same, windows that share 2 frames", "mobile-davis-overlap2"),
+        ("the same, frames of 256x448", "mobile-davis-448"),
+        ("ECSSD 0301 to 1000, 700 stills, frame", "mobile-ecssd"),
+        ("DUTS-TE, 5,019 stills, frame", "mobile-duts-te"),
+        ("second stage, DAVIS val, davsod", "mobile-2-davis"),
+        ("second stage, ECSSD, frame", "mobile-2-ecssd"),
+    ]),
     "tiny": ("clips", [
         ("DAVIS val, 10 sequences", "tiny-davis"),
         ("synthetic val, 20 clips", "tiny-synthetic"),

@@ -25,8 +25,8 @@ def load_model(source: str | Path) -> SaliencyModel:
     """A model in evaluation mode, on the CPU.
 
     Args:
-        source: the name of a shipped model ("mssa-tiny"), a folder written by `save_pretrained`,
-            or a checkpoint (.ckpt) of `vsod train`.
+        source: the name of a shipped model ("vsod-mobile", "mssa-tiny"), a folder written by
+            `save_pretrained`, or a checkpoint (.ckpt) of `vsod train`.
 
     Raises:
         InputError: it is none of these, it is a motion prior, or its files are damaged or belong

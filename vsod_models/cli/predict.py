@@ -29,7 +29,7 @@ def predict(
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     model: Annotated[
         str, typer.Option(help="A shipped model, a folder of save_pretrained or a checkpoint.")
-    ] = "mssa-tiny",
+    ] = "vsod-mobile",
     view: Annotated[
         str, typer.Option("--as", help="mask, overlay, matte, cutout, side-by-side.")
     ] = "",

@@ -15,8 +15,6 @@ import numpy as np
 
 from .transforms import Augmentation
 
-Matrix = np.ndarray  # (3, 3) float64, homogeneous
-
 
 class Camera:
     """Where each pixel of a sample of `size` (height, width) comes from in a frame of `frame`.
@@ -58,10 +56,12 @@ class Camera:
             for dx, dy, angle, zoom in ((*row[:3], math.exp(row[3])) for row in path)
         ]
 
-    def at(self, t: int) -> Matrix:
+    def at(self, t: int) -> np.ndarray:
         return self.matrices[min(t, len(self.matrices) - 1)]
 
-    def picture(self, frame: np.ndarray, t: int, object_path: Matrix | None = None) -> np.ndarray:
+    def picture(
+        self, frame: np.ndarray, t: int, object_path: np.ndarray | None = None
+    ) -> np.ndarray:
         """The frame as the camera sees it; outside of it is its mirror image."""
         matrix = self.at(t) if object_path is None else object_path @ self.at(t)
         border = cv2.BORDER_REFLECT_101 if object_path is None else cv2.BORDER_CONSTANT
@@ -81,15 +81,15 @@ OBJECT_ZOOM = 0.03
 LEAST_KEPT = 0.6  # of the mask, for a still to be a sample
 
 
-def shift(x: float, y: float) -> Matrix:
+def shift(x: float, y: float) -> np.ndarray:
     return np.array([[1.0, 0, x], [0, 1, y], [0, 0, 1]])
 
 
-def scaling(x: float, y: float) -> Matrix:
+def scaling(x: float, y: float) -> np.ndarray:
     return np.diag([x, y, 1.0])
 
 
-def rotation(angle: float) -> Matrix:
+def rotation(angle: float) -> np.ndarray:
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
 

@@ -142,10 +142,16 @@ def find_maps(network: nn.Module, tap: str) -> dict[int, tuple[str, int]]:
     for name, module in network.named_modules():
         if name and name.count(".") <= 1:
             hooks.append(module.register_forward_hook(note(name)))
+    # Batch norm changes no shape, and on the meta device it imports torch's compiler: a second.
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.forward = nn.Identity().forward  # type: ignore[method-assign]
     training = network.training
     with torch.no_grad():
         network.eval()(torch.zeros(1, 3, side, side))
     network.train(training)
+    for norm in norms:
+        del norm.forward
     for hook in hooks:
         hook.remove()
     return maps
