@@ -96,7 +96,7 @@ def toy(tmp_path, monkeypatch):
     """Trains a model of a class, with changes to the recipe above."""
 
     def run(cls, *changes, **options):
-        monkeypatch.setattr("vsod_models.training.run.model_class", lambda name: cls)
+        monkeypatch.setattr("vsod_models.training.run.model_class", lambda name, source: cls)
         (tmp_path / "toy.yaml").write_text(RECIPE)
         config = read_config(tmp_path / "toy.yaml", [f"out={tmp_path / 'run'}", *changes])
         return cls.from_pretrained(train(config, **options))
