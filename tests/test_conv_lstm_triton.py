@@ -30,7 +30,7 @@ from checks_triton import compilations as compilations_of
 
 from vsod_ops import triton_tuning
 from vsod_ops.conv_lstm import conv_lstm, op, reference
-from vsod_ops.conv_lstm.triton import kernels, launch, plan
+from vsod_ops.conv_lstm.triton import backward, forward, launch, plan, tiles
 
 
 @compiled_only
@@ -292,12 +292,12 @@ def test_steps_are_not_compiled_in(monkeypatch):
 
 
 KERNELS = {
-    "forward": kernels.conv_lstm_fwd_kernel,
-    "backward": kernels.conv_lstm_bwd_kernel,
-    "input": kernels.conv_lstm_bwd_input_kernel,
-    "weight": kernels.conv_lstm_bwd_weight_kernel,
-    "sums": kernels.conv_lstm_bwd_sums_kernel,
-    "pack": kernels.conv_lstm_pack_kernel,
+    "forward": forward.conv_lstm_fwd_kernel,
+    "backward": backward.conv_lstm_bwd_kernel,
+    "input": backward.conv_lstm_bwd_input_kernel,
+    "weight": backward.conv_lstm_bwd_weight_kernel,
+    "sums": backward.conv_lstm_bwd_sums_kernel,
+    "pack": forward.conv_lstm_pack_kernel,
 }
 FLOAT_POINTERS = {"p_c", "p_c_new", "p_c_last", "p_cells", "p_dc", "p_dc_new"}
 FLOAT_POINTERS |= {"p_partial", "p_sums", "p_full"}
@@ -305,9 +305,9 @@ FLOAT_POINTERS |= {"p_partial", "p_sums", "p_full"}
 PADDED = {"CP", "MP", "depth", "width_ih", "width_hh"}
 ALIGNED = {"area", "width", "height", "hidden", "n_channels"}
 BUNDLES = {
-    "size": (kernels.Sizes, ""),
-    "grad": (kernels.Strided, "grad."),
-    "planes": (kernels.Strided, "planes."),
+    "size": (tiles.Sizes, ""),
+    "grad": (tiles.Strided, "grad."),
+    "planes": (tiles.Strided, "planes."),
 }
 
 
@@ -329,7 +329,7 @@ def compile_kernel(kernel, capability, dtype, constants, warps, stages, aligned=
 
     for index, name in enumerate(kernel.arg_names):
         if name == "at":
-            signature[name] = kernels.Steps("i32", *[kernels.At("i32", "i32")] * 5)
+            signature[name] = tiles.Steps("i32", *[tiles.At("i32", "i32")] * 5)
         elif name in BUNDLES:
             bundle, prefix = BUNDLES[name]
             entries = enumerate(bundle._fields)
@@ -399,9 +399,9 @@ def test_small_kernels_compile_without_spills(capability):
     pixels, channels = plan.PACK_TILE
     pack = {"BP": pixels, "BC": channels}
     pointwise = plan.POINTWISE_TILE
-    backward = {"K": 3, "PRECISION": "ieee", "INTERPRET": False, "FULL": True, "p_weight": None}
-    backward |= {"BP": pointwise.pixels, "BM": pointwise.channels, "BK": pointwise.depth}
-    for kind, constants in (("sums", sums), ("pack", pack), ("backward", backward)):
+    without = {"K": 3, "PRECISION": "ieee", "INTERPRET": False, "FULL": True, "p_weight": None}
+    without |= {"BP": pointwise.pixels, "BM": pointwise.channels, "BK": pointwise.depth}
+    for kind, constants in (("sums", sums), ("pack", pack), ("backward", without)):
         kernel = compile_kernel(
             KERNELS[kind], capability, torch.bfloat16, constants, 4, 1, aligned=False
         )

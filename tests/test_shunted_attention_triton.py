@@ -29,7 +29,11 @@ from checks_triton import compilations as compilations_of
 
 from vsod_ops import shunted_attention, triton_tuning
 from vsod_ops.shunted_attention import reference
-from vsod_ops.shunted_attention.triton import kernels, launch, plan
+from vsod_ops.shunted_attention.triton import launch, plan, tiles
+from vsod_ops.shunted_attention.triton.backward import (
+    shunted_attention_bwd_delta_kernel,
+    shunted_attention_bwd_reduce_kernel,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -336,7 +340,7 @@ def test_numbers_are_not_compiled_in(monkeypatch):
 def compile_kernel(kernel, capability, dtype, constants, groups=2, warps=4, stages=1):
     """The kernel for an architecture, with the options of a launch."""
     pointer = "*" + TYPE_NAMES[dtype]
-    strided = kernels.Strided((pointer,) * groups, *[("i32",) * groups] * 4)
+    strided = tiles.Strided((pointer,) * groups, *[("i32",) * groups] * 4)
     kinds = dict.fromkeys(("p_q", "p_out", "p_grad", "p_dq"), pointer)
     kinds |= dict.fromkeys(("keys", "values", "dkeys", "dvalues"), strided)
     for name, bundle, numbers in (
@@ -416,14 +420,10 @@ def test_compiles_without_spills(case, compilations):
 def test_small_kernels_compile_without_spills(capability):
     constants = {"D": 256, "BD": 256}
     delta = constants | {"VEC": 8, "GRAD_VEC": 8, "INTERPRET": False, "ROWS": plan.DELTA_ROWS}
-    kernel = compile_kernel(
-        kernels.shunted_attention_bwd_delta_kernel, capability, torch.bfloat16, delta
-    )
+    kernel = compile_kernel(shunted_attention_bwd_delta_kernel, capability, torch.bfloat16, delta)
     assert figures(kernel)[1] == 0
     reduce = constants | {"G": 2, "ROWS": plan.REDUCE_ROWS}
-    kernel = compile_kernel(
-        kernels.shunted_attention_bwd_reduce_kernel, capability, torch.bfloat16, reduce
-    )
+    kernel = compile_kernel(shunted_attention_bwd_reduce_kernel, capability, torch.bfloat16, reduce)
     assert figures(kernel)[1] == 0
 
 

@@ -8,18 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import triton_tuning as tuning
-from .kernels import (
-    At,
-    Sizes,
-    Steps,
-    Strided,
+from .backward import (
     conv_lstm_bwd_input_kernel,
     conv_lstm_bwd_kernel,
     conv_lstm_bwd_sums_kernel,
     conv_lstm_bwd_weight_kernel,
-    conv_lstm_fwd_kernel,
-    conv_lstm_pack_kernel,
 )
+from .forward import conv_lstm_fwd_kernel, conv_lstm_pack_kernel
 from .plan import (
     INTERPRETER_TILES,
     PACK_TILE,
@@ -31,6 +26,7 @@ from .plan import (
     cdiv,
     padded,
 )
+from .tiles import At, Sizes, Steps, Strided
 
 timings = tuning.Timings()
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ... import triton_tuning as tuning
 from . import plan
-from .kernels import (
-    Strided,
+from .backward import (
     shunted_attention_bwd_delta_kernel,
     shunted_attention_bwd_kernel,
     shunted_attention_bwd_reduce_kernel,
-    shunted_attention_fwd_kernel,
 )
+from .forward import shunted_attention_fwd_kernel
+from .tiles import Strided
 
 TUNED_KERNELS = {"forward": shunted_attention_fwd_kernel, "backward": shunted_attention_bwd_kernel}
 timings = tuning.Timings()
