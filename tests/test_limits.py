@@ -27,8 +27,8 @@ from vsod_models.zoo import SHIPPED, load_model, model_class
 from vsod_ops import backends
 
 TINY = dict(
-    backbone="vgg11", backbone_options={"width": 0.125}, levels=[8], skips=[], heads=[2], dim=16,
-    depth=1, feed_forward=16, decoder_dim=8, image_size=[32, 32],
+    backbone="vgg11", backbone_options={"width": 0.125}, levels=[8], skips=[], num_heads=[2],
+    dim=16, depth=1, feed_forward=16, decoder_dim=8, image_size=[32, 32],
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ NO_FACTOR = [0, -1.0, 1e9, math.nan, math.inf, "1"]
 BAD = [
     *((MSSA, key, value) for key in ("dim", "depth", "feed_forward", "decoder_dim", "clip_length")
       for value in NO_COUNT),
-    *((MSSA, key, value) for key in ("levels", "heads", "reductions", "skips")
+    *((MSSA, key, value) for key in ("levels", "num_heads", "reductions", "skips")
       for value in NO_LIST),
     *((cls, "image_size", value) for cls in (MSSA, MSST) for value in NO_SIZE),
     *((MSST, key, value) for key in ("hidden", "clip_length") for value in NO_COUNT),
@@ -72,13 +72,14 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_built(cls, key, va
 
 
 @pytest.mark.parametrize("changes", [
-    {"dim": -128}, {"depth": 10**9}, {"heads": [0, 0]}, {"image_size": [10**6, 10**6]},
+    {"dim": -128}, {"depth": 10**9}, {"num_heads": [0, 0]}, {"image_size": [10**6, 10**6]},
     {"dim": "128"}, {"backend": "foo"},
 ])  # fmt: skip
 def test_a_saved_configuration_names_file_key_and_value(changes, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(SHIPPED / "mssa-tiny", folder)
     config = json.loads((folder / "config.json").read_text())
+    config["num_heads"] = config.pop("heads")
     (folder / "config.json").write_text(json.dumps(config | changes))
     ((key, _),) = changes.items()
     with pytest.raises(InputError, match=rf"config\.json: model\.{key}.* is .*it has to be"):
@@ -88,7 +89,7 @@ def test_a_saved_configuration_names_file_key_and_value(changes, tmp_path):
 
 
 def test_a_model_of_more_parameters_than_memory_is_not_built():
-    arguments = TINY | {"dim": 65536, "heads": [1024], "feed_forward": 65536, "depth": 256}
+    arguments = TINY | {"dim": 65536, "num_heads": [1024], "feed_forward": 65536, "depth": 256}
     with pytest.raises(InputError, match=r"recipe: a model of [\d,]+ parameters; at most"):
         build_model(MSSA, arguments, "recipe")
 

@@ -27,7 +27,7 @@ SMALL = dict(
     skips=(4,),
     dim=16,
     depth=1,
-    heads=(2, 4),
+    num_heads=(2, 4),
     feed_forward=24,
     decoder_dim=8,
 )
@@ -193,7 +193,7 @@ def test_every_parameter_gets_a_gradient():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"heads": (2,)}, "heads"),
+        ({"num_heads": (2,)}, "num_heads"),
         ({"skips": (8,)}, "skips"),
         ({"position": "absolute"}, "position"),
     ],
@@ -252,6 +252,28 @@ def test_saved_and_loaded(tmp_path):
     frames = torch.rand(1, 2, 3, 32, 32)
     for loaded in (load_model(tmp_path / "model"), MSSA.from_pretrained(tmp_path / "model")):
         assert torch.equal(loaded.eval()(frames), model(frames))
+
+
+def test_saved_by_the_former_name_of_an_argument(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    former = {"heads" if key == "num_heads" else key: value for key, value in config.items()}
+    assert former["heads"] == [2, 4] and former != config
+    file.write_text(json.dumps(former))
+    frames = torch.rand(1, 2, 3, 32, 32)
+    for load in (load_model, MSSA.from_pretrained):
+        loaded = load(tmp_path).eval()
+        assert torch.equal(loaded(frames), model(frames))
+        loaded.save_pretrained(tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+    file.write_text(json.dumps(config | former))
+    for load in (load_model, MSSA.from_pretrained):
+        with pytest.raises(
+            InputError, match=r"model\.heads is the former name of model\.num_heads"
+        ):
+            load(tmp_path)
 
 
 def test_terms_and_half_precision_are_saved(tmp_path):

@@ -179,7 +179,7 @@ def test_sizes_of_about_as_many_pixels(shape, expected):
 
 @pytest.mark.parametrize("backbone", ["vgg11_bn", "mobilenet_v2"])
 def test_batch_norm_is_folded_away(backbone):
-    model = MSSA(backbone, levels=(8, 16), skips=(4,), heads=(2, 4), dim=16, depth=1)
+    model = MSSA(backbone, levels=(8, 16), skips=(4,), num_heads=(2, 4), dim=16, depth=1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)
@@ -226,7 +226,7 @@ def small_mssa():
 
     torch.manual_seed(0)
     return MSSA(
-        backbone="resnet18", levels=(16, 32), skips=(8,), heads=(2, 2), dim=16, depth=1,
+        backbone="resnet18", levels=(16, 32), skips=(8,), num_heads=(2, 2), dim=16, depth=1,
         feed_forward=16, decoder_dim=8, image_size=(64, 96),
     ).eval()  # fmt: skip
 

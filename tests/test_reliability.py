@@ -164,8 +164,8 @@ def test_whatever_a_command_raises_is_one_line(capsys, monkeypatch, error, code,
 
 RECIPE = """
 model: {name: mssa, backbone: vgg11, backbone_options: {width: 0.125}, levels: [8, 16],
-  skips: [4], heads: [2, 4], dim: 16, depth: 1, feed_forward: 16, decoder_dim: 8, clip_length: 2,
-  image_size: [32, 32]}
+  skips: [4], num_heads: [2, 4], dim: 16, depth: 1, feed_forward: 16, decoder_dim: 8,
+  clip_length: 2, image_size: [32, 32]}
 data: {train: [{dataset: synthetic, options: {clips: 4, frames: 4, size: [40, 40]}}],
   sizes: [[32, 32]], workers: 0}
 accelerator: cpu

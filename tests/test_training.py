@@ -1,5 +1,6 @@
 """Training: recipes, samples by number, resuming after a kill, several devices."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,7 +37,7 @@ model:
   backbone_options: {width: 0.125}
   levels: [8, 16]
   skips: [4]
-  heads: [2, 4]
+  num_heads: [2, 4]
   dim: 16
   depth: 1
   feed_forward: 16
@@ -408,6 +409,26 @@ def test_a_run_folder_is_not_overwritten(recipe, tmp_path):
     (tmp_path / "run" / "last.ckpt").write_bytes(before[:1000])
     with pytest.raises(InputError, match=r"last\.ckpt: not a checkpoint"):
         train(read_config(recipe, [f"out={tmp_path}/run"]), resume=True)
+
+
+def test_a_run_of_before_an_argument_was_renamed(recipe, tmp_path):
+    """Its recipe trains, its checkpoint loads, and it is resumed by either name."""
+    former = tmp_path / "former.yaml"
+    former.write_text(RECIPE.replace("num_heads", "heads"))
+    out = f"out={tmp_path}/run"
+    train(read_config(former, [out, "iterations=2"]))
+    last = tmp_path / "run" / "last.ckpt"
+    assert "heads" in torch.load(last, weights_only=True)["config"]["model"]
+    model = load_model(last)
+    assert [blocks[0].attention.num_heads for blocks in model.transformers] == [2, 4]
+    for file, iterations in ((recipe, 4), (former, 6)):
+        train(read_config(file, [out, f"iterations={iterations}"]), resume=True)
+        assert torch.load(last, weights_only=True)["global_step"] == iterations
+    assert "num_heads" in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    with pytest.raises(InputError, match="another model"):
+        train(read_config(former, [out, "model.heads=[4, 4]"]), resume=True)
+    with pytest.raises(InputError, match=r"recipe: model\.heads is the former name"):
+        make_model(read_config(former, [out, "model.num_heads=[4, 4]"]))
 
 
 def test_the_command_says_one_line(recipe, capsys):

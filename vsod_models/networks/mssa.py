@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class MSSA(Trainable):
             transformer; ascending.  VGG16: 8 and 16 are stage 4 and stage 5 before their pools.
         skips: strides of the static maps that the decoder takes in after those; ascending.
         reductions: r of each head group; (1, 2) is MSSA, (1,) the baseline.
-        heads: heads of the transformer of each level.
+        num_heads: heads of the transformer of each level.
         dim: channels of the tokens.
         depth: transformer blocks of each level.
         feed_forward: hidden width of their feed-forward part.
@@ -60,6 +60,7 @@ class MSSA(Trainable):
     """
 
     outputs = "all"
+    former_names: ClassVar[Mapping[str, str]] = {"heads": "num_heads"}
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class MSSA(Trainable):
         levels: Strides = (8, 16),
         skips: Strides = (2, 4),
         reductions: Reductions = (1, 2),
-        heads: Heads = (4, 8),
+        num_heads: Heads = (4, 8),
         dim: Channels = 256,
         depth: Annotated[int, Field(ge=1, le=256)] = 4,
         feed_forward: Channels = 782,
@@ -80,8 +81,10 @@ class MSSA(Trainable):
         backend: Backend | None = None,
     ):
         super().__init__()
-        if len(heads) != len(levels):
-            raise InputError(f"heads {tuple(heads)} must hold one number for each level {levels}")
+        if len(num_heads) != len(levels):
+            raise InputError(
+                f"num_heads {tuple(num_heads)} must hold one number for each level {levels}"
+            )
         strides = [*skips, *levels]
         if not levels or strides != sorted(set(strides)):
             raise InputError(f"skips {tuple(skips)} and levels {tuple(levels)} must ascend")
@@ -97,7 +100,7 @@ class MSSA(Trainable):
                 *(Block(dim, h, reductions, feed_forward, position, backend) for _ in range(depth)),
                 nn.LayerNorm(dim),
             )
-            for h in heads
+            for h in num_heads
         )
         finer = [dim] * (len(levels) - 1) + skip_channels[::-1]  # what each step takes in
         coarser = ([dim] + [decoder_dim] * len(finer))[: len(finer)]
@@ -169,7 +172,7 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        heads: int,
+        num_heads: int,
         reductions: Sequence[int],
         feed_forward: int,
         position: str | None,
@@ -180,7 +183,7 @@ class Block(nn.Module):
             raise InputError(f'position must be None or "depthwise", got {position!r}')
         self.position = nn.Conv3d(dim, dim, 3, padding=1, groups=dim) if position else None
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = ShuntedAttention(dim, heads, tuple(reductions), backend=backend)
+        self.attention = ShuntedAttention(dim, num_heads, tuple(reductions), backend=backend)
         self.norm2 = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim)

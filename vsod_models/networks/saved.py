@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -33,6 +33,8 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
     the terms of the weights where there are any.
     """
 
+    # Arguments that were renamed: configurations that were saved before say the former name.
+    former_names: ClassVar[Mapping[str, str]] = {}
     terms: str = ""  # what the weights may be used for, where the data that made them limits it
 
     def __new__(cls, *arguments: Any, **named: Any) -> Any:
@@ -40,6 +42,15 @@ class PretrainedModel(  # type: ignore[call-arg, unused-ignore]  # where the lib
         given = inspect.signature(cls.__init__).bind_partial(None, *arguments, **named).arguments
         check_arguments(cls, dict(list(given.items())[1:]), f"{cls.__name__}: ")
         return super().__new__(cls, *arguments, **named)
+
+    @classmethod
+    def _from_pretrained(cls, *, config: dict[str, Any] | None = None, **named: Any) -> Any:
+        # Of `config` the library has put into `named` only what it knows as an argument.
+        current = current_names(cls, config or {}, "config.json")
+        for name in cls.former_names.values():
+            if name in current:
+                named.setdefault(name, current[name])
+        return super()._from_pretrained(**named)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -101,8 +112,25 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     return config, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
+def current_names(
+    cls: type[PretrainedModel], arguments: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """The arguments of a configuration, under the names that they have today.
+
+    Raises:
+        InputError: an argument is given by both of its names.
+    """
+    for former, name in cls.former_names.items():
+        if former in arguments and name in arguments:
+            raise InputError(
+                f"{source}: model.{former} is the former name of model.{name}; give one of them"
+            )
+    return {cls.former_names.get(key, key): value for key, value in arguments.items()}
+
+
 def build_model(cls: type[M], arguments: Mapping[str, Any], source: str) -> M:
     """Builds the model; InputError names an argument that it does not have."""
+    arguments = current_names(cls, arguments, source)
     known = inspect.signature(cls.__init__).parameters
     for key in arguments:
         if key not in known:

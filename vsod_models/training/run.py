@@ -28,7 +28,7 @@ from ..files import locked, whole_file
 from ..limits import check_plain
 from ..networks.contract import Trainable
 from ..networks.losses import POSITIVE_WEIGHTS
-from ..networks.saved import PretrainedModel, build_model
+from ..networks.saved import PretrainedModel, build_model, current_names
 from ..prior.flow import FLOW_MAGNITUDE
 from ..prior.load import load_prior
 from ..zoo import load_model, model_class
@@ -292,8 +292,10 @@ def check_same(config: Config, last: Path) -> int:
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise InputError(f"{last}: not a checkpoint ({type(error).__name__})") from None
     now = plain(config)
-    for one in (before, now):
+    for one, source in ((before, str(last)), (now, "recipe")):
         del one["data"]["clip_length"]  # the model's, which is compared
+        cls = model_class(one["model"].get("name", "mssa"), source)
+        one["model"] = current_names(cls, one["model"], source)
     free = ("out", "iterations", "accelerator", "validate_every")
     changed = [k for k in now if k not in free and now[k] != before.get(k)]
     if changed:
