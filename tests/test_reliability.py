@@ -391,7 +391,7 @@ def test_maps_that_something_else_made_are_not_taken_for_new_ones(tmp_path, caps
     code, said, _ = vsod(capsys, *call, "--overwrite")
     assert snapshot(out) == before
     score = ("eval", "--pred", out, "--dataset", "folder", "--data", root, "--workers", 1)
-    assert "Made by vsod predict: mssa-tiny (" in vsod(capsys, *score)[1]
+    assert "Made by vsod predict: vsod-mobile (" in vsod(capsys, *score)[1]
     for record in out.glob("*/.vsod.json"):
         record.unlink()
     code, said, _ = vsod(capsys, *score)
