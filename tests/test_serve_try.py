@@ -25,6 +25,7 @@ def served():
 @pytest.fixture
 def page(browser, served):  # noqa: F811
     with opened(browser, served.address, accept_downloads=True) as page:
+        page.wait_for_selector("#model option", state="attached")  # the page listens by then
         yield page
 
 
