@@ -90,18 +90,18 @@ def real(root: Path) -> Callable[[int, int, int, int], Inputs]:
 # ---- the rivals
 
 
-def pydensecrf(prob: Tensor, image: Tensor, preset: str) -> Tensor:
-    """What a user of pydensecrf writes."""
+def pydensecrf(prob: Tensor, image: Tensor, numbers: Mapping[str, Any]) -> Tensor:
+    """What a user of pydensecrf writes, for probabilities of the foreground or of classes."""
     import numpy
     from pydensecrf import densecrf
     from pydensecrf.utils import unary_from_softmax
 
-    numbers = PRESETS[preset]
+    height, width = image.shape[2:]
     out = torch.empty(prob.shape)
     for i, (p, frame) in enumerate(zip(prob.numpy(), image, strict=True)):
-        height, width = p.shape
-        crf = densecrf.DenseCRF2D(width, height, 2)
-        crf.setUnaryEnergy(unary_from_softmax(numpy.stack([1 - p, p])))
+        classes = p if p.ndim == 3 else numpy.stack([1 - p, p])
+        crf = densecrf.DenseCRF2D(width, height, len(classes))
+        crf.setUnaryEnergy(unary_from_softmax(classes))
         crf.addPairwiseGaussian(sxy=numbers["gaussian_sxy"], compat=numbers["gaussian_weight"])
         crf.addPairwiseBilateral(
             sxy=numbers["bilateral_sxy"],
@@ -110,12 +110,12 @@ def pydensecrf(prob: Tensor, image: Tensor, preset: str) -> Tensor:
             compat=numbers["bilateral_weight"],
         )
         marginals = numpy.array(crf.inference(numbers["iterations"]))
-        out[i] = torch.from_numpy(marginals[1]).view(height, width)
+        out[i] = torch.from_numpy(marginals if p.ndim == 3 else marginals[1]).view(p.shape)
     return out
 
 
-def on_cpu(prob: Tensor, image: Tensor, preset: str) -> Tensor:
-    return dense_crf(prob, image, preset=preset)
+def on_cpu(prob: Tensor, image: Tensor, numbers: Mapping[str, Any]) -> Tensor:
+    return dense_crf(prob, image, **numbers)
 
 
 RIVALS = {RIVAL: pydensecrf, ON_CPU: on_cpu}
@@ -146,7 +146,7 @@ def _measure(
         return dense_crf(*copy, preset=args.preset, backend=args.backend)
 
     def theirs() -> Tensor:
-        return RIVALS[rival](prob, image, args.preset)
+        return RIVALS[rival](prob, image, PRESETS[args.preset])
 
     cpu = torch.device("cpu")
     ours()  # loads libraries

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import BadInput, measure, summary
@@ -26,18 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    documents = {path: json.loads(path.read_text()) for path in sorted(
-        args.results.glob("*/*.json"), key=lambda path: (path.parent.name, path.stem)
-    )}  # fmt: skip
-    written = {page: _rewrite(page, args.results, documents) for page in args.pages or _pages()}
+    written = rewritten(args.pages or pages(), args.results)
     for page, text in written.items():
         page.write_text(text)
-    names = ", ".join(page.name for page in written)
-    print(f"wrote {names} from {len(documents)} results")
+    print(f"wrote {', '.join(page.name for page in written)} from {args.results}")
     return 0
 
 
-def _pages() -> list[Path]:
+def rewritten(pages: Sequence[Path], results: Path) -> dict[Path, str]:
+    """The text that each page is to have."""
+    documents = {path: json.loads(path.read_text()) for path in sorted(
+        results.glob("*/*.json"), key=lambda path: (path.parent.name, path.stem)
+    )}  # fmt: skip
+    return {page: _rewrite(page, results, documents) for page in pages}
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs/ that have tables."""
     docs = sorted((measure.ROOT / "docs").glob("*.md"))
     return [measure.ROOT / "README.md", *(p for p in docs if _SECTION.search(p.read_text()))]
 

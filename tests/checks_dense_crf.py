@@ -6,6 +6,7 @@ import pytest
 import torch
 from checks import nan_filled_memory
 
+from benchmarks import dense_crf as rivals
 from vsod_ops import dense_crf
 from vsod_ops.dense_crf import PRESETS
 
@@ -62,28 +63,8 @@ def constant(batch, height, width):
 
 
 def pydensecrf(prob, image, numbers=DSS):
-    """What a user of pydensecrf computes, image by image."""
-    densecrf = pytest.importorskip("pydensecrf.densecrf")
-    numpy = pytest.importorskip("numpy")
-    from pydensecrf.utils import unary_from_softmax
-
-    classes = torch.stack([1 - prob, prob], 1) if prob.dim() == 3 else prob
-    _, count, height, width = classes.shape
-    results = []
-    for q, frame in zip(classes, image, strict=True):
-        crf = densecrf.DenseCRF2D(width, height, count)
-        crf.setUnaryEnergy(unary_from_softmax(q.numpy()))
-        crf.addPairwiseGaussian(sxy=numbers["gaussian_sxy"], compat=numbers["gaussian_weight"])
-        crf.addPairwiseBilateral(
-            sxy=numbers["bilateral_sxy"],
-            srgb=numbers["bilateral_srgb"],
-            rgbim=frame.permute(1, 2, 0).contiguous().numpy(),
-            compat=numbers["bilateral_weight"],
-        )
-        out = torch.from_numpy(numpy.array(crf.inference(numbers["iterations"])))
-        out = out.view(count, height, width)
-        results.append(out[1] if prob.dim() == 3 else out)
-    return torch.stack(results)
+    pytest.importorskip("pydensecrf.densecrf")
+    return rivals.pydensecrf(prob, image, numbers)
 
 
 def assert_like_pydensecrf(actual, expected):

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from checks_benchmarks import assert_bad_input
 
 pytest.importorskip("rich", reason="the extra `bench` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
 
-from benchmarks import attention, attention_rivals, measure
+from benchmarks import attention, attention_rivals, measure, report
 from benchmarks.__main__ import COMMANDS, main
 
 TINY = ["--shape", "1x2x5x5", "--heads", "4", "--dim", "16", "--seconds", "0.01"]
@@ -210,13 +211,7 @@ def test_too_slow_is_left_out(tmp_path):
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     if "--clip" in arguments:
         pytest.importorskip("av", reason="PyAV is not installed")
-    try:
-        code = main(["attention", "--out", str(tmp_path), *arguments])
-    except SystemExit as exit:
-        code = exit.code
-    error = capsys.readouterr().err
-    assert code == 2
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert_bad_input(capsys, ["attention", "--out", tmp_path, *arguments], message)
 
 
 def test_clip_of_too_few_frames(tmp_path, capsys, folder):
@@ -290,6 +285,14 @@ def test_summary_takes_machines_that_have_all_of_it(tmp_path, capsys):
     (tmp_path / "machine" / "attention.json").write_text(json.dumps(attention))
     assert main(["report", "--pages", str(readme), "--results", str(tmp_path)]) == 2
     assert "no machine with results of attention, conv_lstm" in capsys.readouterr().err
+
+
+def test_the_pages_say_what_was_measured():
+    """Every table in README.md and docs/ is that of the committed results."""
+    written = report.rewritten(report.pages(), measure.ROOT / "benchmarks" / "results")
+    assert len(written) >= 3
+    for page, text in written.items():
+        assert text == page.read_text(), f"{page.name}: run `python -m benchmarks report`"
 
 
 def test_report_without_results_or_section(tmp_path, capsys):

@@ -9,6 +9,8 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
 pytest.importorskip("safetensors", reason="the extra `models` is not installed")
 
+from checks_benchmarks import assert_bad_input
+
 from benchmarks import measure, mssa
 from benchmarks.__main__ import main
 from vsod_ops import backends
@@ -160,9 +162,4 @@ def test_backends_that_differ_are_not_timed(direction, tmp_path, capsys, monkeyp
     ],
 )
 def test_bad_input(options, capsys):
-    try:
-        code = main([*TINY, *options])
-    except SystemExit as exit:
-        code = exit.code
-    assert code == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert_bad_input(capsys, [*TINY, *options])

@@ -11,6 +11,7 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 pytest.importorskip("huggingface_hub", reason="the extra `models` is not installed")
 
 import torch
+from checks_benchmarks import assert_bad_input
 
 from benchmarks import msst
 from benchmarks.__main__ import main
@@ -88,9 +89,4 @@ def test_bfloat16_is_for_the_networks(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_bad_input(options, capsys):
-    try:
-        code = main([*TINY, *options])
-    except SystemExit as exit:
-        code = exit.code
-    assert code == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert_bad_input(capsys, [*TINY, *options])

@@ -1,5 +1,9 @@
 """What prediction asks of any model, and training of one of ours: nothing else, and by no name."""
 
+import ast
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from torch import nn
 pytest.importorskip("lightning")
 pytest.importorskip("av")
 
+import vsod_models
 from vsod_models.cli.app import in_flags
 from vsod_models.networks.contract import Loss, SaliencyModel, Trainable
 from vsod_models.prediction import VideoPredictor
@@ -157,6 +162,15 @@ def test_the_prior_of_a_run_is_loaded_once_and_its_maps_are_kept(toy, tmp_path, 
     assert loaded == ["flow-magnitude"] and moved == [torch.device("cpu")]
     # Two clips to train on and one that is scored twice, of three frames each.
     assert len(made) == 9 == len(list((tmp_path / "priors").rglob("*.png")))
+
+
+def test_the_library_says_no_flags():
+    package = Path(vsod_models.__file__).parent
+    for file in package.rglob("*.py"):
+        if file.parent.name != "cli":
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    assert not re.search(r"(?<![\w-])--[a-z]", node.value), (file, node.value)
 
 
 def test_the_command_says_flags_where_the_library_says_arguments():

@@ -177,7 +177,7 @@ def test_folders_that_cannot_be_corrected(made, tmp_path):
         file.write_text(json.dumps([{"frame": "one/00000", **entry}]))
         out = folder / f"made-{len(entry)}-{next(iter(entry))}"
         make_labels(records, out, [str(folder / "maps")], erase_list=file)
-        with pytest.raises(InputError, match="made with --erase"):
+        with pytest.raises(InputError, match="made with an erase list"):
             Labels(out, records, folder / "x.json")
 
 

@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("torchvision")
 pytest.importorskip("av")
 
+from vsod_models.cli import main
+
 CODE = """
 import sys
 from vsod_models import prediction, zoo
@@ -25,3 +27,16 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 
 def test_the_compiler_is_not_imported_and_works_afterwards():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_memory_is_kept_in_a_process_of_the_command_alone(monkeypatch):
+    """Who calls `main` from Python keeps the C library's settings."""
+    kept = []
+    monkeypatch.setattr("vsod_models.cli.start.keep_memory", lambda: kept.append(1))
+    arguments = ["predict", "none.mp4", "-o", "masks.mp4"]
+    monkeypatch.setattr(sys, "argv", ["vsod", *arguments])
+    for given, times in ((arguments, 0), (None, 1)):
+        with pytest.raises(SystemExit) as done:
+            main(given)
+        assert done.value.code == 2
+        assert len(kept) == times

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..errors import InputError, Stopped, describe, one_line
+from . import start
 from .data import check, prepare, synthetic
 from .evaluate import evaluate
 from .example import example
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if argv is None and arguments[:1] == ["predict"]:  # the process is the command's own
+        start.keep_memory()
     if threading.current_thread() is threading.main_thread():
         # Whatever waits for the end of a frame on Ctrl-C then does so here.
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

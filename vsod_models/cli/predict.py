@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InputError
 from .progress import counted, frames_progress, progress
-from .start import keep_memory, without_collection
+from .start import without_collection
 
 
 def predict(
@@ -54,7 +54,6 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
-    keep_memory()
     with without_collection():
         from .. import prediction, zoo
     from ..media.reading import open_source

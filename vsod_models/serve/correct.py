@@ -75,8 +75,8 @@ class Labels:
             raise InputError(f"{file}: no manifest of `vsod label coarse`") from None
         if manifest.get("auto_erase") or any(of["erased"] for of in labelled.values()):
             raise InputError(
-                f"{folder}: made with --erase or --auto-erase; make the labels again without, "
-                "and what a person erased is laid over them here"
+                f"{folder}: made with an erase list or auto_erase=True; make the labels again "
+                "without: the page applies the list itself"
             )
         self.sequences: dict[str, list[Record]] = {}
         self.of: dict[str, tuple[str, int]] = {}
@@ -92,7 +92,7 @@ class Labels:
                 f"{records.split} has not"
             )
         if skipped_by_hand := [n for n, why in skipped.items() if why == "skipped by a person"]:
-            raise InputError(f"{folder}: made with --erase ({skipped_by_hand[0]} was skipped)")
+            raise InputError(f"{folder}: made with an erase list, which skips {skipped_by_hand[0]}")
         self.labelled = set(labelled)
         self.lock = threading.RLock()
         self.entries: Entries = []

@@ -148,7 +148,7 @@ class Guard:
     @staticmethod
     def too_large(limit: int) -> Response:
         return PlainTextResponse(
-            f"Too large: at most {limit / 2**20:.0f} MB (--max-mb of vsod serve).",
+            f"Too large: this server takes at most {limit / 2**20:.0f} MB.",
             413,
             {"Connection": "close", **HEADERS},
         )

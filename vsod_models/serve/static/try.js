@@ -55,7 +55,7 @@ function busy(text) {
 
 function upload(file) {
   if (file.size > about.max_mb * 2 ** 20) {
-    byId("error").textContent = `${file.name}: larger than ${about.max_mb} MB (--max-mb of vsod serve)`;
+    byId("error").textContent = `${file.name}: larger than the ${about.max_mb} MB that this server takes`;
     return;
   }
   act(() => new Promise((done, failed) => {
