@@ -22,9 +22,9 @@ pytest.importorskip("av", reason="the extra `models` is not installed")
 Image = pytest.importorskip("PIL.Image")
 
 from clips import decode, make_video, sound_packets, turn  # noqa: E402
+from commands import refused, vsod  # noqa: E402
 from trees import davis, image, text  # noqa: E402
 
-from vsod_models import cli  # noqa: E402
 from vsod_models.cli import app as application  # noqa: E402
 from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
@@ -32,23 +32,6 @@ from vsod_models.media import sound  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.media.writing import open_writer  # noqa: E402
 from vsod_models.prediction import VideoPredictor  # noqa: E402
-
-
-def vsod(capsys, *arguments):
-    """(exit code, stdout, stderr) of `vsod ...`."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(a) for a in arguments])
-    return (stop.value.code or 0, *capsys.readouterr())
-
-
-def refused(result, *words):
-    """One line on stderr, exit code 2, with these words in it."""
-    code, _, err = result
-    assert code == 2, result
-    assert err.startswith("vsod: ") and err.count("\n") == 1, err
-    for word in words:
-        assert word in err
-    return err
 
 
 def snapshot(root):

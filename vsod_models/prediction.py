@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
@@ -26,9 +27,10 @@ import vsod_ops
 from vsod_ops import backends
 from vsod_ops.dense_crf import PRESETS
 
+from . import zoo
 from .data import maps
 from .data.records import Record, Records
-from .errors import InputError
+from .errors import InputError, one_line
 from .files import inside, locked
 from .limits import MOST_PIXELS
 from .media.reading import Frame, PathLike, Source, ahead, open_source
@@ -88,7 +90,7 @@ class VideoPredictor:
         overlap: frames that neighbouring windows share; None: 2, 1 of windows of 3 or 4.
         batch: windows that go through the model at once; None: 1 on the CPU, 4 elsewhere.
         precision: "float32", or "bfloat16" or "float16" for autocast; "auto": bfloat16 on a CPU
-            that multiplies in it, else float32.
+            that multiplies in it and for a model of this package, else float32.
         crf: refine each mask with :func:`vsod_ops.dense_crf` at the frame's size, with the numbers
             of this preset, "dss" or "deeplab".
         prior: `prior(frame, neighbour) -> (H, W)` in [0, 1], for a model that needs a motion
@@ -114,6 +116,7 @@ class VideoPredictor:
     ):
         self.device = choose_device(device)
         self.name = name or type(model).__name__
+        self.source = getattr(model, "source", "")
         self.length = int(model.clip_length)
         self.multiple = getattr(model, "side_multiple", None) if size is None else None
         height, width = size or model.image_size
@@ -136,7 +139,8 @@ class VideoPredictor:
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
         if precision == "auto":
-            precision = "bfloat16" if self.device.type == "cpu" and bfloat16_pays() else "float32"
+            pays = self.device.type == "cpu" and not self.source and bfloat16_pays()
+            precision = "bfloat16" if pays else "float32"
         dtypes = {
             "float32": torch.float32,
             "bfloat16": torch.bfloat16,
@@ -150,7 +154,10 @@ class VideoPredictor:
         if crf is not None and crf not in PRESETS:
             raise InputError(f"crf must be one of {', '.join(PRESETS)}, got {crf}")
         self.crf, self.prior = crf, prior
-        self.model = for_inference(model, self.dtype).to(self.device)
+        self.prior_name = ""  # where it has one, for `describe`
+        with self._foreign_errors():
+            made = for_inference(model, self.dtype, fold=not self.source)
+            self.model = made.to(self.device)
 
     def describe(self) -> str:
         """One line: device, model, and which backend runs each of our operators."""
@@ -176,6 +183,8 @@ class VideoPredictor:
         lines = [f"device {device}", model, str(self.dtype).removeprefix("torch.")]
         for op, names in chosen.items():
             lines.append(f"{op} on backend {' and '.join(sorted(names))}")
+        if self.prior_name:
+            lines.append(f"prior {self.prior_name}")
         return ", ".join(lines)
 
     def record(self) -> dict[str, Any]:
@@ -266,13 +275,26 @@ class VideoPredictor:
     def _running(self) -> Iterator[None]:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         try:
-            with torch.inference_mode(), autocast:
+            with torch.inference_mode(), autocast, self._foreign_errors():
                 yield
         except torch.OutOfMemoryError:
             raise InputError(
                 f"{self.device} ran out of memory: take a smaller batch (now {self.batch}) or "
                 f"size (now {self.size[1]}x{self.size[0]})"
             ) from None
+
+    @contextlib.contextmanager
+    def _foreign_errors(self) -> Iterator[None]:
+        """What code of somebody else raises is about their model, and no fault of ours."""
+        try:
+            yield
+        except (InputError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not self.source or "memory" in str(error):
+                raise
+            kind = type(error).__name__
+            raise InputError(f"model {self.source}: {kind}: {one_line(error)}") from error
 
     def _encode(self, chunk: Sequence[tuple[Frame, np.ndarray | None]]) -> list[_Held]:
         small = [
@@ -298,7 +320,17 @@ class VideoPredictor:
                 torch.stack([torch.stack([one.maps[k] for one in window]) for window in windows])
                 for k in levels
             ]
-            return self.model.decode(maps, self.size).float().sigmoid().squeeze(-3)
+            logits = self.model.decode(maps, self.size)
+            if self.source:
+                self._check_logits(logits, windows)
+            return logits.float().sigmoid().squeeze(-3)
+
+    def _check_logits(self, logits: Any, windows: Sequence[Sequence[_Held]]) -> None:
+        wanted = [len(windows)] if self.model.outputs == "last" else [len(windows), len(windows[0])]
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if not isinstance(logits, Tensor) or list(logits.shape[:-2]) != [*wanted, 1]:
+            shape = ", ".join(map(str, [*wanted, 1]))
+            raise InputError(f"model {self.source}: decode gives {got}; ({shape}, H, W) is needed")
 
     def _all(self, chunks: Iterable[list[_Held]]) -> Iterator[_Held]:
         held: deque[_Held] = deque()
@@ -361,6 +393,42 @@ class VideoPredictor:
             refined = vsod_ops.dense_crf(probability, picture, preset=self.crf)
             saliency = refined[0].cpu().numpy()
         return saliency
+
+
+def load_predictor(
+    model: str,
+    device: str = "auto",
+    size: tuple[int, int] | None = None,
+    *,
+    prior: str | None = None,
+    options: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    **others: Any,
+) -> VideoPredictor:
+    """A model by its name, with the motion prior that it needs.
+
+    Args:
+        model, options, trust_remote_code: see :func:`vsod_models.zoo.load_model`.
+        prior: see :func:`vsod_models.prior.load.load_prior`; None: the one it was trained with.
+        device, size, others: see `VideoPredictor`.
+
+    Raises:
+        InputError: an argument is not valid, or a file is damaged.
+    """
+    loaded = zoo.load_model(model, options=options, trust_remote_code=trust_remote_code)
+    if prior is not None and not loaded.needs_prior:
+        raise InputError(f"prior {prior}: model {model} takes no motion prior")
+    make_prior = None
+    if loaded.needs_prior:
+        from .prior.flow import frame_prior
+        from .prior.load import load_prior, prior_of
+
+        prior = prior or prior_of(model)
+        make_prior = functools.partial(frame_prior, load_prior(prior).to(choose_device(device)))
+    name = Path(model).name if Path(model).exists() else model
+    predictor = VideoPredictor(loaded, device, size, prior=make_prior, name=name, **others)
+    predictor.prior_name = prior or ""
+    return predictor
 
 
 def resized(planes: Tensor, size: tuple[int, int]) -> Tensor:

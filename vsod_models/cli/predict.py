@@ -28,8 +28,20 @@ def predict(
     data: Annotated[Path | None, typer.Option(help="Folder of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     model: Annotated[
-        str, typer.Option(help="A shipped model, a folder of save_pretrained or a checkpoint.")
+        str,
+        typer.Option(
+            help="A shipped model, a folder of save_pretrained, a checkpoint, module:factory, "
+            "hub:owner/name, onnx:FILE or transformers:owner/name."
+        ),
     ] = "vsod-mobile",
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of onnx: and transformers:, such as image_size=320,320."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the code in a transformers: repository."),
+    ] = False,
     view: Annotated[
         str, typer.Option("--as", help="mask, overlay, matte, cutout, side-by-side.")
     ] = "",
@@ -55,7 +67,7 @@ def predict(
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
     with without_collection():
-        from .. import prediction, zoo
+        from .. import prediction
     from ..media.reading import open_source
     from ..media.views import check_view
     from ..media.writing import OUTPUT_ENDINGS, check_output
@@ -74,35 +86,25 @@ def predict(
         view = check_view(view, output)
         check_output(Path(output), source, overwrite)  # before the model is loaded
     colour = parse_colour(background)
-    loaded = zoo.load_model(model)
-    if prior is not None and not loaded.needs_prior:
-        raise InputError(f"--prior {prior}: model {model} takes no motion prior")
-    make_prior, with_prior = None, ""
-    if loaded.needs_prior:
-        from ..prior.flow import frame_prior
-        from ..prior.load import load_prior, prior_of
-
-        name = prior or prior_of(model)
-        source_of_priors = load_prior(name).to(prediction.choose_device(device))
-        make_prior, with_prior = functools.partial(frame_prior, source_of_priors), f", prior {name}"
-    predictor = prediction.VideoPredictor(
-        loaded,
+    predictor = prediction.load_predictor(
+        model,
         device,
         parse_size(size) if size else None,
+        prior=prior,
+        options=parse_options(model_option or []),
+        trust_remote_code=trust_remote_code,
         overlap=overlap,
         batch=batch,
         precision=precision,
         crf=crf,
-        prior=make_prior,
-        name=Path(model).name,
     )
-    print(predictor.describe() + with_prior, flush=True)
+    print(predictor.describe(), flush=True)
     if dataset is not None:
-        if loaded.needs_prior:
+        if isinstance(predictor.prior, functools.partial):
             from ..prior.cache import make_priors
 
             with progress("Motion priors", len(records)) as step:
-                records = make_priors(records, source_of_priors, on_frame=step)
+                records = make_priors(records, predictor.prior.args[0], on_frame=step)
         with frames_progress(len(records)) as on_frames:
             frames = prediction.predict_dataset(
                 predictor, records, output, view=view, overwrite=overwrite, progress=on_frames
@@ -128,6 +130,14 @@ def predict(
         )
         raise typer.Exit(130)
     print(f"{output}: {counted(written.frames, 'frame')}, {view}")
+
+
+def parse_options(pairs: list[str]) -> dict[str, str]:
+    """ "mean=0,0,0" -> {"mean": "0,0,0"}."""
+    for pair in pairs:
+        if not re.match(r"\w+=", pair):
+            raise InputError(f"--model-option {pair}: KEY=VALUE is needed")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def parse_size(text: str) -> tuple[int, int]:

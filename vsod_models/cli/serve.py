@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +59,8 @@ def serve(
     models = list(dict.fromkeys([*(model or []), DEFAULT_MODEL]))
     models += [p.name for p in sorted(shipped.iterdir()) if p.is_dir() and p.name not in models]
     for name in model or []:
-        if not Path(name).exists() and not (shipped / name).is_dir():
+        named = ":" in name or name in entry_points(group="vsod.models").names
+        if not named and not Path(name).exists() and not (shipped / name).is_dir():
             raise InputError(f"--model {name}: neither a folder or checkpoint nor a shipped model")
     read = None
     if labels is not None:

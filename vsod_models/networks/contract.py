@@ -27,6 +27,9 @@ class SaliencyModel(nn.Module, ABC):
     # Frames keep their aspect ratio: prediction resizes them to about as many pixels as
     # `image_size` has, with sides that are multiples of this.  None: to `image_size` itself.
     side_multiple: int | None = None
+    # Who wrote it, where not this package: its errors say so, and prediction changes nothing in it
+    # and takes no fewer bits than it was given unless told to.
+    source: str = ""
 
     @abstractmethod
     def encode(self, frames: Tensor, prior: Tensor | None = None) -> list[Tensor]:

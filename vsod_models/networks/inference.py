@@ -16,18 +16,19 @@ from .backbones import Backbone
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def for_inference(model: Model, dtype: torch.dtype = torch.float32) -> Model:
+def for_inference(model: Model, dtype: torch.dtype = torch.float32, *, fold: bool = True) -> Model:
     """A copy in evaluation mode, with batch norm folded into the convolutions before it.
 
     dtype: of the autocast that it will run under.  Weights of convolutions and linear layers are
     stored in it, which autocast would otherwise do again for each window.
+    fold: False for a model whose parts may be called in another order than they stand in.
     """
     training = model.training
     made = copy.deepcopy(model.eval()).requires_grad_(False)
     model.train(training)
     for module in made.modules():
         module.training = False  # which the copy of a traced network forgets
-    for before, after in _neighbours(made):
+    for before, after in _neighbours(made) if fold else ():
         convolution, norm = before.module, after.module
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             before.module = fuse_conv_bn_eval(convolution, norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -89,6 +90,37 @@ def load_folder(folder: Path, cls: type[M]) -> M:
         raise InputError(f"{weights}: not readable as weights ({error})") from None
     model.terms = terms
     return model
+
+
+def hub_folder(name: str, inside: str = "") -> Path:
+    """The two files of a model on the Hugging Face hub, in the cache of the hub's client.
+
+    Args:
+        name: owner/name, or owner/name@revision.
+        inside: a folder of the repository that holds them.
+
+    Raises:
+        InputError: it cannot be had, or its weights are not in safetensors.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise InputError(f"model hub:{name}: hub:owner/name is needed")
+    for file in ("config.json", "model.safetensors"):
+        try:
+            path = huggingface_hub.hf_hub_download(
+                repository, file, subfolder=inside or None, revision=revision or None
+            )
+        except EntryNotFoundError:
+            raise InputError(
+                f"model hub:{name}: has no {file}, or it cannot be reached (weights in other "
+                "files can hold code, and are not read)"
+            ) from None
+        except Exception as error:  # no such repository, no network: kinds of their client
+            raise InputError(f"model hub:{name}: cannot be had: {one_line(error)}") from None
+    return Path(path).parent
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

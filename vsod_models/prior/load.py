@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
-from ..networks.saved import load_config, load_folder, read_checkpoint
+from ..networks.saved import hub_folder, load_config, load_folder, read_checkpoint
 from .flow import FLOW_MAGNITUDE, FlowMagnitude, PriorSource
 from .regions import MotionPrior
 
@@ -31,16 +31,23 @@ def prior_of(model: str | Path) -> str:
 
     Args:
         model: as for :func:`vsod_models.zoo.load_model`, of an MSST.  A checkpoint names its
-            prior; a folder says which kind, and holds a region prior in its folder `prior`.
+            prior; a folder, and a repository on the hub, says which kind, and holds a region prior
+            in its folder `prior`.  What else there is takes flow-magnitude.
 
     Raises:
         InputError: the region prior is not there.
     """
-    path = Path(model)
+    path, hub = Path(model), str(model).removeprefix("hub:")
+    if hub != str(model):
+        path = hub_folder(hub)
+    elif not path.exists():
+        return FLOW_MAGNITUDE
     if path.is_file():
         return read_checkpoint(path)[0]["data"]["prior"]
     if load_config(path).get("prior", FLOW_MAGNITUDE) == FLOW_MAGNITUDE:
         return FLOW_MAGNITUDE
+    if hub != str(model):
+        return str(hub_folder(hub, "prior"))
     if not (path / "prior").is_dir():
         raise InputError(
             f"{path / 'prior'}: no motion prior here, and {model} was trained with one"

@@ -1,0 +1,407 @@
+"""Models of other people: factories, entry points, the hub, ONNX files; what is wrong with them."""
+
+import http.server
+import os
+import pickle
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("av", reason="the extra `models` is not installed")
+pytest.importorskip("cv2", reason="the extra `models` is not installed")
+pytest.importorskip("typer", reason="the extra `models` is not installed")
+pytest.importorskip("torchvision", reason="the extra `models` is not installed")
+
+from clips import decode, make_video, picture
+from commands import refused, vsod
+from trees import davis
+
+from vsod_models import zoo
+from vsod_models.networks.foreign import from_factory
+from vsod_models.networks.mssa import MSSA
+from vsod_models.networks.onnx import METADATA, metadata_of
+from vsod_models.prediction import VideoPredictor
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+SMALL = dict(backbone="mobilenet_v2", image_size=(64, 64), dim=16, num_heads=(2, 2), depth=1)
+
+
+def block(name):
+    return re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", PAGE.read_text(), re.S)[1]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of its own name into the current folder; gives that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    made = []
+
+    def write(code):
+        made.append(f"mine_{len(made)}_{os.getpid()}_{abs(hash(tmp_path))}")
+        (tmp_path / f"{made[-1]}.py").write_text(textwrap.dedent(code))
+        return made[-1]
+
+    yield write
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+# ---- one's own
+
+
+def test_the_example_of_the_page(tmp_path, capsys, module):
+    code = block("mine.py")
+    body = [line for line in code.splitlines() if line.strip()]
+    assert len(body) <= 15
+    name = module(code)
+    make_video(tmp_path / "clip.mp4", frames=4)
+    davis(tmp_path / "DAVIS", split="val")
+    for line in block("commands").splitlines():
+        words = line.replace("mine:", f"{name}:").split()
+        assert words[0] == "vsod"
+        code, out, err = vsod(capsys, *words[1:])
+        assert code == 0, err
+    assert "colourful" in out or "overall" in out
+    frames, _ = decode(tmp_path / "masks.mp4")
+    assert len(frames) == 4
+
+
+class Blue(nn.Module):
+    image_size, mean, std = (48, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, frames):
+        return self.scale * frames[:, 2, ::2, ::2]
+
+
+def test_a_network_of_frames_is_wrapped():
+    model = from_factory(Blue, "here:Blue")
+    assert model.image_size == (48, 64) and model.clip_length == 1
+    frames = [picture(index) for index in range(3)]
+    made = VideoPredictor(model, "cpu").predict_clip(frames)
+    for frame, saliency in zip(frames, made, strict=True):
+        blue = torch.from_numpy(frame[:, :, 2].copy())[None, None].float() / 255
+        logits = 3 * (blue - 0.5) / 0.5
+        small = nn.functional.interpolate(logits[:, :, ::2, ::2], (48, 64), mode="bilinear")
+        np.testing.assert_allclose(saliency, small[0, 0].sigmoid().numpy(), atol=1e-6)
+
+
+class Tapped(nn.Module):
+    """Reads its layers in its own order: folding the batch norm would change the first map."""
+
+    image_size = (32, 32)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.BatchNorm2d(1))
+        self.layers[1].running_mean.fill_(3.0)
+
+    def forward(self, frames):
+        return self.layers[0](frames)
+
+
+def test_nothing_is_changed_in_the_code_of_others():
+    network = Tapped()
+    frame = np.full((32, 32, 3), 200, np.uint8)
+    predictor = VideoPredictor(from_factory(lambda: network, "here"), "cpu", precision="auto")
+    (made,) = predictor.predict_clip([frame])
+    assert predictor.dtype == torch.float32
+    expected = network(torch.full((1, 3, 32, 32), 200 / 255)).sigmoid()[0, 0]
+    np.testing.assert_allclose(made, expected.detach().numpy(), atol=1e-6)
+
+
+def test_names_of_a_package(tmp_path, monkeypatch):
+    package = tmp_path / "somebody-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[vsod.models]\nblue = test_models:Blue\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert isinstance(zoo.load_model("blue").network, nn.Module)
+    with pytest.raises(zoo.InputError, match=r"another one \(blue.*module:factory"):
+        zoo.load_model("bleu")
+
+
+BAD = {
+    "def make(): return 3": "returns int",
+    "def make(a): return a": "TypeError",
+    "def make(): raise RuntimeError('no weights\\nhere')": "RuntimeError: no weights",
+    "def make(): exit(3)": "SystemExit",
+    "make = 3": "is int, not a function",
+    "raise ValueError('of the module')": "importing .* fails: ValueError: of the module",
+    "import does_not_exist_anywhere": "needs does_not_exist_anywhere",
+    "def make(:": "SyntaxError",
+    "other = 1": "there is no make in",
+    "from torch import nn\nclass make(nn.Identity):\n image_size = 3": "image_size is 3",
+    "from torch import nn\nclass make(nn.Identity):\n image_size = (9**9, 9)": "at most",
+    "from torch import nn\nclass make(nn.Identity):\n mean = 'abc'": "mean and std",
+    "from torch import nn\nclass make(nn.Identity): pass": r"gives \(1, 3, 384, 384\)",
+    "from torch import nn\nclass make(nn.Module):\n def forward(self, x): return [x]":
+        "gives list for frames",
+    "from torch import nn\nclass make(nn.Module):\n def forward(self, x): return x[:, 0] / 0 * 0":
+        "gives NaN for frame 00000",
+    "from torch import nn\nclass make(nn.Module):\n def forward(self, x): return x @ x[0, 0, :3]":
+        "RuntimeError: ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", BAD, ids=lambda code: code.splitlines()[-1].strip()[:40])
+def test_what_is_wrong_with_a_factory_is_one_line(tmp_path, capsys, module, code):
+    name = module(code)
+    make_video(tmp_path / "clip.mp4", frames=2)
+    result = vsod(capsys, "predict", "clip.mp4", "-o", "out.mp4", "--model", f"{name}:make")
+    assert re.search(BAD[code], refused(result, f"model {name}:make"))
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_window_of_somebody_elses_model_is_checked(module, tmp_path, capsys):
+    name = module("""
+        from vsod_models.networks.contract import SaliencyModel
+        class make(SaliencyModel):
+            clip_length, image_size, outputs = 2, (8, 8), "all"
+            def encode(self, frames, prior=None): return [frames]
+            def decode(self, maps, size): return maps[0]
+        """)
+    make_video(tmp_path / "clip.mp4", frames=2)
+    refused(
+        vsod(capsys, "predict", "clip.mp4", "-o", "out.mp4", "--model", f"{name}:make"),
+        "decode gives (1, 2, 3, 8, 8); (1, 2, 1, H, W) is needed",
+    )
+
+
+def test_names_that_are_none(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "clip.mp4", frames=2)
+    (tmp_path / "tabnanny.py").write_text("raise SystemExit('in place of a library')")
+    for name, word in {
+        "nowhere:make": "no module nowhere is installed",
+        "tabnanny:nothing": "there is no nothing in",
+        "no such model": "neither a folder",
+        "hub:nobody": "hub:owner/name is needed",
+        "hub:../..": "model hub:../..: cannot be had",
+        "onnx:nothing.onnx": "no such file",
+        "onnx:clip.mp4": "no ONNX file",
+    }.items():
+        refused(vsod(capsys, "predict", "clip.mp4", "-o", "out.mp4", "--model", name), word)
+    given = ("--model-option", "mean=0,0,0")
+    refused(vsod(capsys, "predict", "clip.mp4", "-o", "out.mp4", *given), "takes no options (mean)")
+    refused(
+        vsod(capsys, "predict", "clip.mp4", "-o", "out.mp4", "--trust-remote-code"),
+        "no remote code",
+    )
+
+
+class Touch:
+    """Code that a pickle runs when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path, capsys):
+    make_video(tmp_path / "clip.mp4", frames=2)
+    for write in (torch.save, lambda what, path: path.write_bytes(pickle.dumps(what))):
+        write({"state_dict": Touch(tmp_path / "ran")}, tmp_path / "model.ckpt")
+        given = ("--model", tmp_path / "model.ckpt")
+        refused(vsod(capsys, "predict", tmp_path / "clip.mp4", "-o", tmp_path / "o.mp4", *given),
+                "model.ckpt: not a checkpoint")  # fmt: skip
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The address of a hub with the files of folders `<owner>/<name>`; and what was asked of it."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            asked.append(self.path)
+            match = re.fullmatch(r"/([\w-]+/[\w-]+)/resolve/([^/]+)/(.+)", self.path)
+            file = tmp_path / "hub" / match[1] / match[3] if match else None
+            found = file is not None and file.is_file()
+            content = file.read_bytes() if found else b""
+            self.send_response(200 if found else 404)
+            if not found and match and (tmp_path / "hub" / match[1]).is_dir():
+                self.send_header("X-Error-Code", "EntryNotFound")
+            elif not found:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("ETag", f'"{len(content)}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *rest):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def load_in_a_process(tmp_path, names, endpoint):
+    """What `load_model` says of each name, in a process with this hub and a cache of its own."""
+    code = f"""
+        from vsod_models.zoo import load_model
+        for name in {names!r}:
+            try:
+                model = load_model(name)
+                print(type(model).__name__, sum(p.sum().item() for p in model.parameters()))
+            except Exception as error:
+                print(type(error).__name__, error)
+        """
+    environment = {
+        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_our_classes_from_the_hub(tmp_path, hub):
+    address, asked = hub
+    model = MSSA(**SMALL)
+    model.save_pretrained(tmp_path / "hub/me/small")
+    pickled = tmp_path / "hub/me/pickled"
+    model.save_pretrained(pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({"code": Touch(tmp_path / "ran")}, pickled / "pytorch_model.bin")
+    names = ["hub:me/small", "hub:me/pickled", "hub:me/nothing"]
+    small, without, nothing = load_in_a_process(tmp_path, names, address)
+    kind, total = small.split()
+    assert kind == "MSSA"
+    assert float(total) == pytest.approx(sum(p.sum().item() for p in model.parameters()))
+    assert without.startswith("InputError model hub:me/pickled: has no model.safetensors")
+    assert nothing.startswith("InputError model hub:me/nothing: cannot be had: ")
+    assert not any("pytorch_model" in path for path in asked) and not (tmp_path / "ran").exists()
+    # The hub is gone: what was there before is found, and the rest is a sentence.
+    small, nothing = load_in_a_process(
+        tmp_path, ["hub:me/small", "hub:me/other"], "http://127.0.0.1:9"
+    )
+    assert small.split()[0] == "MSSA"
+    assert nothing.startswith("InputError model hub:me/other: ")
+
+
+# ---- ONNX
+
+
+def onnx_file(path, shape, body, metadata=(), kind=1):
+    """A file that computes `body(graph helper) -> nodes` from the input "frames" of `shape`."""
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    inputs = [helper.make_tensor_value_info("frames", kind, shape)]
+    outputs = [helper.make_tensor_value_info("map", kind, None)]
+    constants = [
+        helper.make_tensor("two", 1, [], [2.0]),
+        helper.make_tensor("axes", 7, [1], [len(shape) - 3]),
+    ]
+    graph = helper.make_graph(body(helper), "test", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.save(model, path)
+    return f"onnx:{path}"
+
+
+def mean_of_channels(helper):
+    return [
+        helper.make_node("ReduceMean", ["frames", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Mul", ["mean", "two"], ["map"]),
+    ]
+
+
+def test_an_onnx_file_of_frames(tmp_path):
+    pytest.importorskip("onnxruntime")
+    name = onnx_file(tmp_path / "a.onnx", ["n", 3, "h", "w"], mean_of_channels)
+    with pytest.raises(zoo.InputError, match="image_size=HEIGHT,WIDTH"):
+        zoo.load_model(name)
+    options = {"image_size": "48,64", "mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5"}
+    model = zoo.load_model(name, options=options)
+    frames = [picture(index) for index in range(3)]
+    made = VideoPredictor(model, "cpu").predict_clip(frames)
+    for frame, saliency in zip(frames, made, strict=True):
+        expected = 2 * (frame.mean(2) / 255 - 0.5) / 0.5
+        np.testing.assert_allclose(saliency, 1 / (1 + np.exp(-expected)), atol=1e-6)
+    # Another file is another model to a record of what made a mask.
+    other = onnx_file(tmp_path / "b.onnx", ["m", 3, "h", "w"], mean_of_channels)
+    records = [VideoPredictor(m, "cpu").record()
+               for m in (model, zoo.load_model(other, options=options))]  # fmt: skip
+    assert records[0]["hash"] != records[1]["hash"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_onnx_file_of_windows_says_of_itself_what_it_needs(tmp_path, count):
+    pytest.importorskip("onnxruntime")
+
+    class Said(MSSA):
+        terms = "a test"
+
+    said = metadata_of(Said(**SMALL, clip_length=3), image_size="48,64", values="probabilities")
+    assert set(said) <= set(METADATA) and said["clip_length"] == "3" and said["terms"] == "a test"
+    name = onnx_file(tmp_path / "a.onnx", [1, 3, 3, 48, 64], mean_of_channels, said)
+    model = zoo.load_model(name)
+    assert (model.clip_length, model.image_size, model.terms) == (3, (48, 64), "a test")
+    frames = [picture(index) // 2 for index in range(count)]
+    made = VideoPredictor(model, "cpu").predict_clip(frames)
+    for frame, saliency in zip(frames, made, strict=True):
+        np.testing.assert_allclose(saliency, 2 * frame.mean(2) / 255, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        (["n", 3, 8, 8], {"mean": "a,b,c"}, "mean is 'a,b,c'; 3 numbers"),
+        (["n", 3, 8, 8], {"std": "0,1,1"}, "0 divides nothing"),
+        (["n", 3, 8, 8], {"image_size": "9,9"}, "takes 8,8 only"),
+        (["n", 3, 8, 8], {"values": "anything"}, "logits or probabilities"),
+        (["n", 3, 8, 8], {"clip_length": "4"}, "windows"),
+        (["n", 3, 8, 8], {"needs_prior": "true"}, "has the inputs frames"),
+        ([8, 8], {}, "takes"),
+    ],
+)
+def test_what_is_wrong_with_an_onnx_file(tmp_path, shape, options, words):
+    pytest.importorskip("onnxruntime")
+
+    def copied(helper):
+        return [helper.make_node("Identity", ["frames"], ["map"])]
+
+    name = onnx_file(tmp_path / "a.onnx", shape, copied)
+    with pytest.raises(zoo.InputError, match=re.escape(words)):
+        zoo.load_model(name, options=options)
+
+
+def test_an_onnx_file_that_gives_no_map(tmp_path):
+    pytest.importorskip("onnxruntime")
+
+    def copied(helper):
+        return [helper.make_node("Identity", ["frames"], ["map"])]
+
+    model = zoo.load_model(onnx_file(tmp_path / "a.onnx", ["n", 3, 8, 8], copied))
+    with pytest.raises(zoo.InputError, match="one map a frame"):
+        VideoPredictor(model, "cpu").predict_clip([picture(0)])
