@@ -61,9 +61,13 @@ class Served:
         self.process.stdout.close()
 
 
+def assert_fits(page, width):
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def assert_fits_and_has_names(page, width):
     """Nothing is wider than the window, and whatever takes input has a name."""
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert_fits(page, width)
     nameless = page.evaluate("""[...document.querySelectorAll("button, select, input")]
         .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
         .map((one) => one.id)""")

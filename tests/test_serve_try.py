@@ -6,13 +6,23 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("av", reason="the extra `models` is not installed")
 pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 
-from browser import Served, assert_fits_and_has_names, browser, opened  # noqa: F401
+from browser import Served, assert_fits, assert_fits_and_has_names, browser, opened  # noqa: F401
 from clips import decode, make_video, sound_packets
 
 PIXEL = """([x, y]) => {
     const canvas = document.getElementById("screen");
     const at = [Math.floor(x * canvas.width), Math.floor(y * canvas.height)];
     return [...canvas.getContext("2d").getImageData(...at, 1, 1).data].slice(0, 3);
+}"""
+
+
+DROP = """async () => {
+    const canvas = Object.assign(document.createElement("canvas"), {width: 80, height: 60});
+    const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+    const data = new DataTransfer();
+    data.items.add(new File([blob], "dog.png"));
+    document.getElementById("drop").dispatchEvent(
+        new DragEvent("drop", {dataTransfer: data, bubbles: true}));
 }"""
 
 
@@ -25,7 +35,6 @@ def served():
 @pytest.fixture
 def page(browser, served):  # noqa: F811
     with opened(browser, served.address, accept_downloads=True) as page:
-        page.wait_for_selector("#model option", state="attached")  # the page listens by then
         yield page
 
 
@@ -34,25 +43,13 @@ def film(tmp_path_factory):
     return make_video(tmp_path_factory.mktemp("film") / "my film.mp4", 20, (96, 64), sound="aac")
 
 
-def tops(page):
-    """Where things are on the page."""
-    return page.evaluate(
-        "['drop', 'play', 'edge', 'run', 'status', 'downloads', 'queue'].map("
-        "(id) => [id, document.getElementById(id).getBoundingClientRect().top + scrollY])"
-    )
-
-
 def test_upload_to_played_result(page, film, tmp_path):
     page.set_input_files("#file", str(film))
     page.wait_for_selector("#run:enabled")
     assert "96x64, 20 frames, 25 a second, with sound" in page.inner_text("#clip")
     page.select_option("#view", "mask")
-    before = tops(page)
     page.click("#run")
-    page.wait_for_function("document.getElementById('status').textContent.includes('frames/s')")
-    assert tops(page) == before  # nothing jumps while it works
-    page.wait_for_selector("#downloads button")
-    assert tops(page) == before
+    page.wait_for_selector("[data-format=webm]:enabled")
     assert "20 of 20 frames" in page.inner_text("#status")
     assert "device cpu" in page.inner_text("#runs-on")
     page.wait_for_function("Number(document.getElementById('scrub').value) > 0.2")  # it plays
@@ -69,7 +66,7 @@ def test_upload_to_played_result(page, film, tmp_path):
     page.check("text=Side by side")
     assert page.evaluate(PIXEL, [0.225, 0.3])[0] > 150
     page.select_option("#view", "overlay")  # made of the same masks
-    page.wait_for_selector("#downloads button")
+    page.wait_for_selector("[data-format=webm]:enabled")
     with page.expect_download() as saved:
         page.click("[data-format=mp4]")
     assert saved.value.suggested_filename == "my film-overlay.mp4"
@@ -78,6 +75,67 @@ def test_upload_to_played_result(page, film, tmp_path):
     assert len(decode(made)[0]) == 20 and sound_packets(made)
     page.select_option("#view", "matte")
     page.wait_for_selector("[data-format=mp4]:disabled")
+
+
+def test_a_drop_before_the_server_answers(browser, served):  # noqa: F811
+    with opened(browser, "about:blank") as page:
+        held = []
+        page.route("**/api/about", lambda route: held.append(route))
+        page.goto(served.address)
+        while not held:
+            page.wait_for_timeout(20)
+        page.evaluate(DROP)
+        page.wait_for_timeout(200)
+        held[0].continue_()
+        page.wait_for_selector("#run:enabled")
+        assert "dog.png" in page.inner_text("#clip")
+
+
+# Where everything is that is not text inside of a room of its own, at every frame drawn.
+WATCH = """() => {
+    const all = [...document.querySelectorAll("header *, #try *")].filter(
+        (one) => !one.closest("#drop > *, .told > *, #queue > *, option"));
+    window.places = [];
+    const look = () => {
+        const now = all.map((one) => {
+            const {left, top, right} = one.getBoundingClientRect();
+            return `${one.tagName} ${one.id} ${left} ${top + scrollY} ${right}`;
+        });
+        if (String(now) !== String(places[places.length - 1])) places.push(now);
+        requestAnimationFrame(look);
+    };
+    look();
+}"""
+
+
+@pytest.mark.parametrize(
+    "width, scale, font",
+    [
+        (1280, 1, "font-size: 100%"),
+        (1280, 1.25, "font: 21px/1.6 serif; letter-spacing: .12em; word-spacing: .16em"),
+        (860, 1.1, "font: 13.3px/1.2 monospace"),
+        (390, 2.625, "font: 17px/1.45 sans-serif; letter-spacing: .05em"),
+    ],
+)
+def test_nothing_moves_while_it_works(browser, served, film, tmp_path, width, scale, font):  # noqa: F811
+    broken = tmp_path / f"{'a long name ' * 8}.mp4"
+    broken.write_bytes(film.read_bytes()[:2000])
+    size = {"width": width, "height": 800}
+    with opened(browser, served.address, viewport=size, device_scale_factor=scale) as page:
+        page.add_style_tag(content=f":root {{{font} !important}}".replace(";", " !important;"))
+        page.set_input_files("#file", str(film))
+        page.wait_for_selector("#run:enabled")
+        page.evaluate(WATCH)
+        page.click("#run")
+        page.wait_for_selector("[data-format=webm]:enabled")
+        assert "device cpu" in page.inner_text("#runs-on")
+        page.set_input_files("#file", str(broken))
+        page.locator("#error", has_text="a long name").wait_for()
+        page.wait_for_function("Number(document.getElementById('scrub').value) > 0.2")  # it plays
+        first, *later = page.evaluate("places")
+        moved = [(a, b) for now in later for a, b in zip(first, now, strict=True) if a != b]
+        assert moved == []
+        assert_fits(page, width)
 
 
 def test_cancel(page, tmp_path):
@@ -92,7 +150,7 @@ def test_cancel(page, tmp_path):
     running.get_by_role("button", name="Cancel").click()
     page.wait_for_function("!/running|waiting/.test(document.getElementById('queue').textContent)")
     assert page.inner_text("#status") == "Cancelled."
-    assert not page.locator("#downloads button").count()
+    assert not page.locator("#downloads button:enabled").count()
 
 
 def test_a_corrupt_file(page, film, tmp_path):
@@ -108,16 +166,9 @@ def test_a_corrupt_file(page, film, tmp_path):
 
 
 def test_a_dropped_picture(page):
-    page.evaluate("""async () => {
-        const canvas = Object.assign(document.createElement("canvas"), {width: 80, height: 60});
-        const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
-        const data = new DataTransfer();
-        data.items.add(new File([blob], "dog.png"));
-        document.getElementById("drop").dispatchEvent(
-            new DragEvent("drop", {dataTransfer: data, bubbles: true}));
-    }""")
+    page.evaluate(DROP)
     page.click("#run:enabled")
-    page.wait_for_selector("#downloads button")
+    page.wait_for_selector("[data-format=webm]:enabled")
     with page.expect_download() as saved:
         page.click("[data-format=png]")
     assert saved.value.suggested_filename == "dog-overlay.png"
@@ -145,7 +196,6 @@ def test_keyboard_alone(page):
 def test_fits_and_has_names(browser, served, width, scheme):  # noqa: F811
     size = {"width": width, "height": 800}
     with opened(browser, served.address, viewport=size, color_scheme=scheme) as page:
-        page.wait_for_selector("#model option", state="attached")
         assert_fits_and_has_names(page, width)
 
 

@@ -71,6 +71,7 @@ async function openSequence(name, index = -1) {
   state.sequence = name;
   state.frames = await json(`/api/labels/frames?sequence=${encodeURIComponent(name)}`);
   byId("seek").max = state.frames.length - 1;
+  byId("where").dataset.longest = state.frames.map(place).reduce((a, b) => (a.length < b.length ? b : a));
   if (index < 0) index = state.frames.findIndex((frame) => !frame.looked);
   drawSequences();
   await go(Math.max(0, index));
@@ -106,6 +107,8 @@ function drawSequences() {
   if (focused) list.querySelector(`[data-sequence="${CSS.escape(focused)}"]`)?.focus();
 }
 
+const place = (frame) => `${frame.index + 1} of ${state.frames.length}: ${frame.name}`;
+
 async function go(index) {
   if (index < 0 || index >= state.frames.length) {
     say(index < 0 ? "This is the first frame." : "This is the last frame of the sequence.");
@@ -117,7 +120,7 @@ async function go(index) {
   sessionStorage.setItem("index", index);
   const frame = state.frames[index];
   byId("seek").value = index;
-  byId("where").textContent = `${index + 1} of ${state.frames.length}: ${frame.name}`;
+  byId("where").textContent = place(frame);
   await draw();
   for (const near of NEAR) {
     const other = state.frames[index + near];
@@ -222,7 +225,7 @@ function light(number) {
   paint();
 }
 
-function place(event) {
+function pixel(event) {
   const box = easel.getBoundingClientRect();
   const scale = Math.min(easel.clientWidth / marks.width, easel.clientHeight / marks.height);
   const left = box.left + easel.clientLeft + (easel.clientWidth - scale * marks.width) / 2;
@@ -234,7 +237,7 @@ function listen() {
   easel.addEventListener("pointerdown", (event) => {
     if (event.button || !state.regions) return;
     state.cross = null;
-    const at = place(event);
+    const at = pixel(event);
     if (state.tool === "point") { usePoint(at); return; }
     easel.setPointerCapture(event.pointerId);
     state.path = [at];
@@ -242,7 +245,7 @@ function listen() {
   });
   easel.addEventListener("pointermove", (event) => {
     if (!state.regions) return;
-    const at = place(event);
+    const at = pixel(event);
     if (state.path && event.buttons) {
       const last = state.path[state.path.length - 1];
       if (last[0] !== at[0] || last[1] !== at[1]) state.path.push(at);

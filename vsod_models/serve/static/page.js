@@ -1,10 +1,10 @@
 import { byId, json } from "./server.js";
 import { startTry } from "./try.js";
 
-const about = await json("/api/about");
-startTry(about);
+const asked = json("/api/about");
+startTry(asked); // what is dropped before the answer waits for it
 
-if (about.labels) {
+if ((await asked).labels) {
   const { startCorrect } = await import("./correct.js");
   const show = () => {
     const page = location.hash === "#/try" ? "try" : "correct";

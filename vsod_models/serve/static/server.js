@@ -33,5 +33,5 @@ export async function json(address, body, method = "POST") {
 export const byId = (id) => document.getElementById(id);
 
 function lost(is) {
-  byId("connection").textContent = is ? "No connection to the server" : "";
+  byId("connection").textContent = is ? "No connection" : "";
 }

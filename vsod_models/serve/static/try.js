@@ -3,7 +3,7 @@
 import { ask, byId, json } from "./server.js";
 import { Viewer } from "./viewer.js";
 
-let about;
+let about; // a promise: the server may still be starting
 let viewer;
 let clip = null; // as uploaded
 let job = null; // the prediction that is shown
@@ -15,24 +15,26 @@ const wanted = new Set(); // ids of files to save when they are there
 export function startTry(said) {
   about = said;
   viewer = new Viewer();
-  byId("model").replaceChildren(...about.models.map((name, i) => new Option(name, i)));
+  about.then(({ models }) => byId("model").replaceChildren(...models.map((name, i) => new Option(name, i))));
   const drop = byId("drop");
   const file = byId("file");
   byId("choose").onclick = byId("other").onclick = () => file.click();
   file.onchange = () => file.files[0] && upload(file.files[0]);
   byId("example").onclick = byId("example-again").onclick = takeExample;
+  // Anywhere on the page: a browser would leave it for the file.
   for (const kind of ["dragenter", "dragover"]) {
-    drop.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over"); });
+    addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over"); });
   }
-  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => {
+  addEventListener("dragleave", () => drop.classList.remove("over"));
+  addEventListener("drop", (event) => {
     event.preventDefault();
     drop.classList.remove("over");
-    if (event.dataTransfer.files[0]) upload(event.dataTransfer.files[0]);
+    if (event.dataTransfer.files[0] && !byId("try").hidden) upload(event.dataTransfer.files[0]);
   });
   byId("settings").onsubmit = (event) => { event.preventDefault(); run(); };
   byId("cancel").onclick = () => job && act(() => json(`/api/jobs/${job.id}/cancel`, {}));
   byId("view").onchange = changeView;
+  for (const button of downloads()) button.onclick = () => download(button);
   poll();
 }
 
@@ -54,11 +56,15 @@ function busy(text) {
 }
 
 function upload(file) {
-  if (file.size > about.max_mb * 2 ** 20) {
-    byId("error").textContent = `${file.name}: larger than the ${about.max_mb} MB that this server takes`;
-    return;
-  }
-  act(() => new Promise((done, failed) => {
+  act(async () => {
+    const { max_mb: most } = await about;
+    if (file.size > most * 2 ** 20) throw new Error(`${file.name}: larger than the ${most} MB that this server takes`);
+    await send(file);
+  });
+}
+
+function send(file) {
+  return new Promise((done, failed) => {
     const sending = new XMLHttpRequest(); // fetch does not tell how far an upload is
     sending.open("POST", `/api/clips?name=${encodeURIComponent(file.name)}`);
     sending.upload.onprogress = (event) => {
@@ -76,7 +82,7 @@ function upload(file) {
     sending.onerror = () => { busy(""); failed(new Error(`${file.name}: the upload broke off`)); };
     busy(`Uploading ${file.name}`);
     sending.send(file);
-  }));
+  });
 }
 
 function takeExample() {
@@ -99,7 +105,8 @@ function take(said) {
   busy("");
   byId("status").textContent = "Ready.";
   byId("runs-on").textContent = "";
-  byId("downloads").replaceChildren();
+  const [png] = downloads().slice(-1);
+  png.textContent = clip.picture ? "PNG" : "PNG (zip)";
   viewer.picture(`/api/clips/${clip.id}/first.jpg`, false, clip);
   byId("run").focus();
 }
@@ -112,14 +119,13 @@ function run() {
       crf: byId("crf").value || null,
     });
     shown = "";
-    byId("downloads").replaceChildren();
   });
 }
 
 function changeView() {
   if (job?.state !== "done") return;
-  byId("downloads").replaceChildren();
-  if (byId("view").value === job.view) { shown = ""; poll(); return; }
+  shown = "";
+  if (byId("view").value === job.view) { poll(); return; }
   act(() => json(`/api/jobs/${job.id}/files`, { view: byId("view").value, format: "preview" }));
 }
 
@@ -139,6 +145,8 @@ function show() {
   drawQueue();
   if (!job) {
     byId("cancel").disabled = true;
+    shown = "";
+    drawDownloads();
     return;
   }
   byId("cancel").disabled = !["waiting", "running"].includes(job.state);
@@ -157,13 +165,11 @@ function show() {
     const address = `/api/jobs/${preview.id}/file`;
     if (job.clip.picture) viewer.picture(address, true, job.clip);
     else viewer.video(address, job.clip);
-    drawDownloads(view);
   }
   for (const one of jobs) {
     if (wanted.has(one.id) && one.state === "failed") {
       wanted.delete(one.id);
       byId("error").textContent = one.error;
-      drawDownloads(view);
     }
     if (wanted.has(one.id) && one.state === "done") {
       wanted.delete(one.id);
@@ -171,9 +177,9 @@ function show() {
       link.href = `/api/jobs/${one.id}/file`;
       link.download = "";
       link.click();
-      drawDownloads(view);
     }
   }
+  drawDownloads();
 }
 
 function told(one) {
@@ -184,22 +190,28 @@ function told(one) {
   return one.state === "failed" ? "It failed." : "Cancelled.";
 }
 
-function drawDownloads(view) {
-  byId("downloads").replaceChildren(...about.formats.map((format) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = format === "png" && !clip?.picture ? "PNG (zip)" : format === "png" ? "PNG" : { mp4: "MP4", mov: "MOV", webm: "WebM", gif: "GIF" }[format];
-    button.dataset.format = format;
-    button.disabled = view === "matte" && format === "mp4";
-    if (button.disabled) button.title = "MP4 has no alpha: take MOV or WebM, or the cutout";
-    button.onclick = () => act(async () => {
-      button.disabled = true;
-      try {
-        wanted.add((await json(`/api/jobs/${job.id}/files`, { view, format })).id);
-      } catch (error) { button.disabled = false; throw error; }
-    });
-    return button;
-  }));
+const downloads = () => [...document.querySelectorAll("[data-format]")];
+
+// They can be had once the result is on the screen, each again once it was saved.
+function drawDownloads() {
+  const view = byId("view").value;
+  for (const button of downloads()) {
+    const { format } = button.dataset;
+    const alpha = view === "matte" && format === "mp4";
+    const coming = jobs.some((one) => wanted.has(one.id) && one.view === view && one.format === format);
+    button.disabled = !shown || alpha || coming;
+    button.title = alpha ? "MP4 has no alpha: take MOV or WebM, or the cutout" : "";
+  }
+}
+
+function download(button) {
+  act(async () => {
+    button.disabled = true;
+    try {
+      const asked = { view: byId("view").value, format: button.dataset.format };
+      wanted.add((await json(`/api/jobs/${job.id}/files`, asked)).id);
+    } catch (error) { button.disabled = false; throw error; }
+  });
 }
 
 function drawQueue() {
