@@ -174,6 +174,17 @@ def test_only_frames_without_ground_truth(tree):
     assert kinds == {"a/00000": "fine", "a/00001": "coarse", "b/00000": "fine", "b/00001": "coarse"}
 
 
+def test_so_many_frames_spread_evenly(tree):
+    tmp_path, records = tree
+    names = [f"{r.sequence}/{r.name}" for r in records]
+    good = folders(tmp_path, "good")
+    for count, expected in ((1, names[:1]), (2, [names[0], names[-1]]), (99, names)):
+        manifest = make_labels(records, tmp_path / f"out{count}", good, count=count)
+        assert list(manifest["frames"]) == expected
+    with pytest.raises(InputError, match="count is 0"):
+        make_labels(records, tmp_path / "none", good, count=0)
+
+
 def test_otsu_splits_two_levels():
     combined = np.where(OBJECT, 0.7, 0.2)
     label, threshold = binary_label(combined)

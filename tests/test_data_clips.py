@@ -120,6 +120,21 @@ def test_each_run_visits_every_annotated_frame_once():
         assert len(visited) == len(annotated) and set(visited) == annotated
 
 
+def test_sequences_count_alike_whatever_their_length():
+    dataset = ClipDataset(
+        numbered([9, 2, 5], lambda s, t: s != 1 and t > 1), 1, size=SIZE, seed=3, by_sequence=True
+    )
+    drawn = []
+    for i in range(200):
+        (record,) = dataset.choose(i, np.random.default_rng(i))
+        drawn.append((record.sequence, record.frame))
+    assert dataset.drawn == 2 and {name for name, _ in drawn} == {"s0", "s2"}
+    for first, second in zip(drawn[::2], drawn[1::2], strict=True):
+        assert first[0] != second[0], "each once in a pass"
+    assert {t for name, t in drawn if name == "s0"} == set(range(2, 9))
+    assert {t for name, t in drawn if name == "s2"} == {2, 3, 4}
+
+
 def test_neighbours_keep_their_stride():
     dataset = ClipDataset(numbered([20, 9]), 4, strides=(1, 3), size=SIZE)
     strides = set()

@@ -16,6 +16,7 @@ from trees import SIZE, davis, fbms, image, mask, segtrack, square, text  # noqa
 
 from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.data.readers import coco  # noqa: E402
+from vsod_models.data.readers.folders import shipped_list  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 
 
@@ -97,10 +98,38 @@ def test_davis_lists_of_sequences_and_all(tmp_path):
     assert list(open_dataset("davis16", root, "all").sequences) == ["bear", "bike"]
 
 
+def test_the_lists_of_msst(tmp_path):
+    """25 and 25 sequences of DAVIS-2016 and 12 of FBMS-59; a list of one's own comes first."""
+    halves = [
+        shipped_list("davis16", f"msst-{part}").read_text().split() for part in ("train", "val")
+    ]
+    assert [len(half) for half in halves] == [25, 25] and len({*halves[0], *halves[1]}) == 50
+    root = davis(tmp_path / "davis", [(name, 2) for name in [*halves[0], *halves[1]]])
+    for part, half in zip(("msst-train", "msst-val"), halves, strict=True):
+        assert list(open_dataset("davis16", root, part).sequences) == half
+    text(root / "ImageSets/480p/msst-train.txt", "bear\n")
+    assert list(open_dataset("davis16", root, "msst-train").sequences) == ["bear"]
+    (root / "JPEGImages/480p/surf").rename(root / "surf")
+    with pytest.raises(InputError, match=r"surf: no such folder, but .*msst-val\.txt lists it"):
+        open_dataset("davis16", root, "msst-val")
+
+    names = shipped_list("fbms59", "msst-train").read_text().split()
+    assert len(set(names)) == 12
+    for name in [*names, "cars2"]:
+        image(tmp_path / "fbms/Trainingset" / name / f"{name}_01.jpg")
+        mask(tmp_path / "fbms/Trainingset" / name / "GroundTruth" / f"{name}_01.pgm")
+    found = open_dataset("fbms59", tmp_path / "fbms", "msst-train")
+    assert set(found.sequences) == set(names)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda r: (r / "ImageSets/480p/train.txt").unlink(), r"train\.txt: no such list"),
+        (
+            lambda r: (r / "ImageSets/480p").rename(r / "ImageSets/2017"),
+            r"DAVIS-2017, .*ImageSets/480p/train\.txt",
+        ),
         (lambda r: text(r / "ImageSets/480p/train.txt", "\n"), r"train\.txt: the list .* is empty"),
         (
             lambda r: text(r / "ImageSets/480p/train.txt", "bear\n00000.jpg\n"),

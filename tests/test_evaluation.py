@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -28,6 +29,7 @@ from vsod_models.evaluation import (  # noqa: E402
     score_frame,
 )
 from vsod_models.evaluation.evaluator import read_prediction  # noqa: E402
+from vsod_models.evaluation.figures import draw_grid, shared_frames  # noqa: E402
 from vsod_models.evaluation.measures import weighted_f_measure  # noqa: E402
 
 SIZE = (24, 31)
@@ -85,8 +87,10 @@ def library_loop(frames, protocol):
         }
     for prediction, truth in frames:
         for name, metric in metrics.items():
-            if protocol == "frame" and name in ("MAE", "S", "wF"):
-                metric.step(prediction / 255, truth > 127, normalize=False)
+            if protocol != "davsod" and name in ("MAE", "S", "wF"):
+                metric.step(
+                    prediction / 255, truth > PROTOCOLS[protocol].mask_above, normalize=False
+                )
             else:
                 metric.step(prediction, truth)
     results = {
@@ -96,7 +100,7 @@ def library_loop(frames, protocol):
         "adpF": metrics["F"].get_results()["fm"]["adp"],
         "adpE": metrics["E"].get_results()["em"]["adp"],
     }
-    if protocol == "davsod":
+    if protocol != "frame":
         results["F curve"] = metrics["F"].get_results()["fm"]["curve"]
         results["E curve"] = metrics["E"].get_results()["em"]["curve"]
         results["precision"] = metrics["F"].get_results()["pr"]["p"]
@@ -120,7 +124,7 @@ def assert_parity(result, frames_used, tolerance=1e-6):
     for name, loop in loops.items():
         for measure, expected in numbers(loop).items():
             assert result.sequences[name][measure] == pytest.approx(expected, abs=tolerance)
-    if result.protocol == "davsod":
+    if result.protocol != "frame":
         weights = [1 / len(loops)] * len(loops)
     else:
         total = sum(len(pairs) for pairs in frames_used.values())
@@ -133,7 +137,7 @@ def assert_parity(result, frames_used, tolerance=1e-6):
     assert set(row) == set(MEASURES) or result.protocol == "frame"
     for measure, expected in row.items():
         assert result.overall[measure] == pytest.approx(expected, abs=tolerance), measure
-    if result.protocol == "davsod":  # the library's thresholds go down, ours up
+    if result.protocol != "frame":  # the library's thresholds go down, ours up
         for curve, key in {"F": "F curve", "E": "E curve", "precision": "precision"}.items():
             np.testing.assert_allclose(result.curves[curve], overall[key][::-1], atol=tolerance)
 
@@ -150,7 +154,7 @@ def test_equals_a_loop_over_the_library(protocol):
         for name, (prediction, mask) in frames.items():
             evaluator.add(sequence, name, prediction, mask)
         pairs = [(prediction, mask.astype(np.uint8) * 255) for prediction, mask in frames.values()]
-        used[sequence] = pairs[1:-1] if protocol == "davsod" else pairs
+        used[sequence] = pairs if protocol == "frame" else pairs[1:-1]
     result = evaluator.result()
     assert result.frames == {name: len(pairs) for name, pairs in used.items()}
     assert_parity(result, used, tolerance=1e-7)
@@ -345,7 +349,7 @@ def test_wrong_arrays(prediction, mask, message):
 def test_no_frames_and_no_such_protocol():
     with pytest.raises(ValueError, match="no frames"):
         SaliencyEvaluator().result()
-    with pytest.raises(InputError, match="'davis': there are davsod and frame"):
+    with pytest.raises(InputError, match="'davis': there are davsod, davsod-raw, frame"):
         SaliencyEvaluator("davis")
 
 
@@ -363,7 +367,7 @@ def test_folder_equals_arrays_and_workers_change_nothing(tree, protocol):
     one = evaluate_folder(predictions, records, protocol, advance=lambda **at: calls.append(at))
     two = evaluate_folder(predictions, records, protocol, workers=2)
     assert one.to_json() == two.to_json() == {**evaluator.result().to_json(), "dataset": "blobs"}
-    total = {"davsod": 11, "frame": 17}[protocol]
+    total = 17 if protocol == "frame" else 11
     assert calls[-1] == {"completed": total, "total": total} and len(calls) == total
 
 
@@ -557,12 +561,56 @@ def test_command_compares(vsod_eval, tmp_path):
     assert out.count("again") == 2  # the title of its table and its row of the comparison
 
 
+def test_command_draws(vsod_eval, tmp_path):
+    """A point and a bar for each method, at its numbers; a row for each sequence of the grid."""
+    folder = vsod_eval.predictions
+    other = tmp_path / "other"
+    for path in folder.glob("*/*.png"):
+        (other / path.parent.name).mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as picture:
+            Image.fromarray(255 - np.array(picture)).save(other / path.parent.name / path.name)
+    drawings = {kind: tmp_path / f"{kind}.svg" for kind in ("scatter", "bars", "grid")}
+    code, _, err = vsod_eval(
+        "--pred", f"one={folder}", "--pred", f"two={other}", "--json", tmp_path / "o.json",
+        *(argument for kind, path in drawings.items() for argument in (f"--{kind}", path)),
+    )  # fmt: skip
+    assert code == 0, err
+    document = json.loads((tmp_path / "o.json").read_text())
+    drawn = {kind: path.read_text() for kind, path in drawings.items()}
+    for name in ("one", "two"):
+        overall = document[name]["overall"]
+        assert f"<!-- {name}  {overall['MAE']:.3f} / {overall['S']:.3f} -->" in drawn["scatter"]
+        assert f"<!-- {overall['MAE']:.3f} -->" in drawn["bars"]
+        assert f"<!-- {name} -->" in drawn["bars"] and f"<!-- {name} -->" in drawn["grid"]
+    assert all("<!-- blobs, protocol davsod -->" in drawing for drawing in drawn.values())
+    assert drawn["grid"].count("<image") == 3 * 4, "frame, ground truth and two maps of each"
+
+
+def test_the_grid_shows_what_all_methods_have(tree, tmp_path):
+    predictions, records = tree
+    other = tmp_path / "other"
+    shutil.copytree(predictions, other)
+    (other / "c" / "00004.png").unlink()
+    shown = shared_frames(records, {"one": predictions}, "davsod")
+    assert [(r.sequence, r.name) for r in shown] == [("a", "00002"), ("b", "00001"), ("c", "00004")]
+    shown = shared_frames(records, {"one": predictions, "two": other}, "davsod")
+    assert (shown[2].sequence, shown[2].name) == ("c", "00005")
+    result = evaluate_folder(predictions, records)
+    with pytest.raises(InputError, match="a frame that all predictions have"):
+        draw_grid(tmp_path / "o.png", {"x": result}, {"x": tmp_path / "none"}, records)
+
+
 def test_command_refuses(vsod_eval, tmp_path):
     folder = vsod_eval.predictions
     (tmp_path / "file").write_text("")
     for arguments, message in (
-        (["--pred", folder, "--protocol", "davis"], "protocol 'davis': there are davsod and frame"),
+        (
+            ["--pred", folder, "--protocol", "davis"],
+            "protocol 'davis': there are davsod, davsod-raw, frame",
+        ),
         (["--pred", folder, "--curves", tmp_path / "o.txt"], "has to end in .png, .svg or .pdf"),
+        (["--pred", folder, "--bars", tmp_path / "o.jpg"], "--bars"),
+        (["--pred", folder, "--grid", tmp_path / "o.gif"], ".png, .svg, .pdf or .jpg"),
         (["--pred", folder, "--pred", folder], "give it a name of its own, as in NAME="),
         (["--pred", folder, "--json", tmp_path / "file" / "o.json"], "file: file exists"),
         (["--pred", tmp_path], "none of the 3 sequences"),

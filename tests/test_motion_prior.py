@@ -226,16 +226,17 @@ def test_a_full_disk_leaves_no_prior(tmp_path, monkeypatch):
 def test_regions_work_on_a_smaller_flow():
     model = statistics_prior(region_side=50, scales=(100,))
     flow = np.full((100, 200, 2), (4, 0), np.float32)
-    (labels,), features = model.regions(flow)
+    (labels,), features, _ = model.regions(flow)
     assert labels.shape == (25, 50) and labels.max() == 0
     assert features[0, 5] == pytest.approx(np.log1p(1))  # a quarter as long in pixels
     assert model.from_flow(flow).shape == (25, 50)
 
 
-def test_training_tells_movers_from_the_rest(tmp_path):
+@pytest.mark.parametrize("level_classifiers", [False, True])
+def test_training_tells_movers_from_the_rest(tmp_path, level_classifiers):
     clips = {f"c{i}": clip(4, speed=2 + i % 3, camera=1 - i % 2, seed=10 * i) for i in range(4)}
     records = as_records(tmp_path, clips)
-    model = statistics_prior()
+    model = statistics_prior(level_classifiers=level_classifiers)
     steps = []
     report = train_prior(
         model, records, epochs=60, learning_rate=1e-2, on_step=lambda: steps.append(1)
@@ -253,12 +254,30 @@ def test_training_tells_movers_from_the_rest(tmp_path):
     assert back.key() == model.key() != statistics_prior().key()
 
 
+def test_a_classifier_for_each_level():
+    """Each sees the regions of its scale alone, and the mean over scales is of what they say."""
+    model = statistics_prior(level_classifiers=True)
+    _, features, level = model.regions(optical_flow(*clip(2)[0], 256))
+    assert level.unique().tolist() == [0, 1]
+    with torch.inference_mode():
+        logits = model(features, level)
+        x = (features - model.feature_mean) / model.feature_deviation
+        for index, classifier in enumerate(model.layers):
+            expected = classifier(x[level == index]).squeeze(1)
+            torch.testing.assert_close(logits[level == index], expected)
+        for index, classifier in enumerate(model.layers):
+            torch.nn.init.zeros_(classifier[-1].weight)
+            torch.nn.init.constant_(classifier[-1].bias, (-50.0, 50.0)[index])
+    assert model.from_flow(np.zeros((20, 30, 2), np.float32)) == pytest.approx(0.5)
+    assert "level_classifiers" not in statistics_prior().configuration, "keys of before stay"
+
+
 def test_backbone_features_are_pooled_and_stay_frozen(tmp_path):
     torch.manual_seed(0)
     model = MotionPrior("vgg16", {"width": 0.0625}, scales=(100,), hidden=8)
     channels = model.backbone.channels[0]
     pictures, _ = clip(2)
-    labels, features = model.eval().regions(optical_flow(*pictures, 256))
+    labels, features, _ = model.eval().regions(optical_flow(*pictures, 256))
     regions = labels[0].max() + 1
     assert regions > 1
     assert features.shape == (regions, STATISTICS + 3 * channels)
@@ -274,7 +293,7 @@ def test_backbone_features_are_pooled_and_stay_frozen(tmp_path):
 
 
 def test_what_cannot_be_used(tmp_path):
-    with pytest.raises(InputError, match="neither flow-magnitude nor a folder"):
+    with pytest.raises(InputError, match=r"no such folder; `vsod prior train .*flow-magnitude"):
         load_prior(tmp_path / "nothing")
     with pytest.raises(InputError, match="no backbone"):
         statistics_prior().load_backbone("IMAGENET1K_V1")
@@ -310,4 +329,4 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert vsod(*train, "-o", tmp_path / "other") == 2
     assert "needs --weights" in capsys.readouterr().err
     assert vsod(*make, "--prior", "raft") == 2
-    assert capsys.readouterr().err.startswith("vsod: motion prior 'raft' is neither")
+    assert capsys.readouterr().err.startswith("vsod: motion prior 'raft': no such folder")

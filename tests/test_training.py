@@ -226,8 +226,9 @@ def test_the_three_stages_of_msst(tmp_path):
         "model.backbone=mobilenet_v2", "model.width=0.25", "model.image_size=[48, 48]",
         "backbone_weights=null", "data.workers=0", "data.sizes=[[33, 33], [48, 48]]",
         f"data.train=[{{dataset: folder, labels: {tmp_path}/labels}}]",
-        "data.label_weights.coarse=0.5", "data.validation.dataset=folder",
+        "data.label_weights.coarse=0.5", "data.validation={dataset: folder, split: val}",
         f"data.roots.folder={data}", f"data.prior_cache={tmp_path}/priors",
+        "data.prior=flow-magnitude",
         "iterations=2", "batch_size=2", "checkpoint_every=2", "validate_every=2", "accelerator=cpu",
     ]  # fmt: skip
     MotionPrior(None, scales=(50,), hidden=4).save_pretrained(tmp_path / "regions")
@@ -285,6 +286,36 @@ def test_the_mix_keeps_to_its_shares_and_sizes(recipe):
     assert abs(np.mean(np.searchsorted(mix.bounds, draws, side="right") == 0) - 0.75) < 0.05
     assert [tuple(mix[0, s]["frames"].shape[-2:]) for s in range(2)] == [(32, 32), (16, 48)]
     assert torch.equal(mix[5, 1]["frames"], mix[5, 1]["frames"])
+
+
+def test_what_a_sample_is_drawn_from(recipe, tmp_path):
+    """Of two sources with 1 and 3 clips of 4 and 2 frames: by share, by frames, by sequences."""
+    for draw, expected in (("shares", 1 / 2), ("frames", 4 / 10), ("sequences", 1 / 4)):
+        changes = [
+            "data.train=[{dataset: synthetic, options: {clips: 1, frames: 4, size: [40, 40]}},"
+            "{dataset: synthetic, split: val, options: {clips: 3, frames: 2, size: [40, 40]}}]",
+            f"data.draw={draw}",
+            "out=unused",
+        ]
+        config = read_config(recipe, changes)
+        mix = make_dataset(config, make_model(config))
+        assert mix.bounds[0] == pytest.approx(expected), draw
+        assert mix.parts[0][1].by_sequence == (draw == "sequences")
+
+
+def test_the_data_of_the_papers():
+    finetune = read_config("mssa-finetune")
+    assert [s.dataset for s in finetune.data.train] == ["davis16", "fbms59"]
+    assert finetune.iterations == 100_000 and finetune.optimizer.halve_every == 20_000
+    assert finetune.data.draw == "sequences"
+    assert [s.dataset for s in read_config("mssa-pretrain").data.train] == ["coco"]
+    for stage in ("os", "st", "full"):
+        config = read_config(f"msst-{stage}")
+        assert [(s.dataset, s.split) for s in config.data.train] == [
+            ("davis16", "msst-train"), ("fbms59", "msst-train"), ("segtrackv2", "all")
+        ]  # fmt: skip
+        assert config.data.draw == "frames" and config.model["full_resolution"]
+        assert config.data.prior == "runs/msst-prior"
 
 
 def test_the_average_of_the_weights_is_what_is_saved(recipe, tmp_path):
@@ -372,6 +403,9 @@ def test_recipes_that_cannot_be(tmp_path):
         (["data.train=[]"], r"data\.train is empty"),
         (["data.train=[{dataset: davis16}]"], r"data\.roots\.davis16=DIR"),
         (["data.sampling=sorted"], r"data\.sampling"),
+        (["data.draw=lots"], r"data\.draw must be one of shares, frames, sequences"),
+        (["initial=runs/mssa-pretrain/model"], r"`vsod train --config mssa-pretrain` makes it"),
+        (["initial=elsewhere/model"], r"elsewhere/model: no such model .*train it first"),
         (["data.clip_length=3"], r"data\.clip_length is 3 and the model's 2"),
         (["loss.positive_weight=inverse"], r"loss\.positive_weight"),
         (["optimizer.learning_rate=1e30", "optimizer.clip_gradient=0"], "not finite"),

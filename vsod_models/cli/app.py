@@ -70,7 +70,7 @@ def add(group: typer.Typer, name: str, command: Callable[..., Any], example: str
     group.command(name, epilog=f"Example: vsod {example}")(stoppable)
 
 
-add(app, "train", train, "train --config mssa-pretrain out=runs/1 data.roots.duts=DUTS")
+add(app, "train", train, "train --config mssa-pretrain out=runs/1 data.roots.coco=COCO")
 add(app, "eval", evaluate, "eval --pred maps --dataset davis16 --data DAVIS")
 add(app, "predict", predict, "predict clip.mp4 -o cutout.mp4 --as cutout")
 add(app, "example", example, "example clip.mp4")

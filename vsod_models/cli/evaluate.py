@@ -24,11 +24,19 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Folder of the dataset.")],
     dataset: Annotated[str, typer.Option(help="Its name, as `vsod data` takes it.")],
     split: Annotated[str, typer.Option(help="Its split.")] = "val",
-    protocol: Annotated[str, typer.Option(help="davsod or frame.")] = "davsod",
+    protocol: Annotated[str, typer.Option(help="davsod, davsod-raw or frame.")] = "davsod",
     json: Annotated[Path | None, typer.Option(help="Write the numbers here.")] = None,
     csv: Annotated[Path | None, typer.Option(help="And here.")] = None,
     curves: Annotated[
         Path | None, typer.Option(help="Draw the PR and F curves: .png, .svg or .pdf.")
+    ] = None,
+    scatter: Annotated[
+        Path | None, typer.Option(help="Draw S against MAE, a point for each --pred.")
+    ] = None,
+    bars: Annotated[Path | None, typer.Option(help="Draw MAE, a bar for each --pred.")] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(help="Draw frames, ground truth and maps of each --pred: also .jpg."),
     ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out frames without a prediction.")
@@ -46,14 +54,19 @@ def evaluate(
 
     from ..data import open_dataset
     from ..evaluation.evaluator import available_cores, evaluate_folder
+    from ..evaluation.figures import draw_bars, draw_curves, draw_grid, draw_scatter
     from ..evaluation.flicker import flicker_of_folder
     from ..evaluation.protocols import get_protocol
-    from ..evaluation.report import draw_curves, write_csv, write_json
+    from ..evaluation.report import write_csv, write_json
     from .tables import show
 
     get_protocol(protocol)
-    if curves is not None and curves.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--curves {curves}: has to end in .png, .svg or .pdf")
+    drawings = {"--curves": curves, "--scatter": scatter, "--bars": bars, "--grid": grid}
+    for flag, path in drawings.items():
+        endings = (".png", ".svg", ".pdf", *([".jpg"] if flag == "--grid" else []))
+        if path is not None and path.suffix.lower() not in endings:
+            known = f"{', '.join(endings[:-1])} or {endings[-1]}"
+            raise InputError(f"{flag} {path}: has to end in {known}")
     folders = named_folders(pred)
     records = open_dataset(dataset, data, split)
     with contextlib.ExitStack() as outputs:
@@ -64,6 +77,9 @@ def evaluate(
                 (write_json, json),
                 (write_csv, csv),
                 (draw_curves, curves),
+                (draw_scatter, scatter),
+                (draw_bars, bars),
+                (functools.partial(draw_grid, folders=folders, records=records), grid),
             )
             if path is not None
         ]

@@ -22,6 +22,10 @@ def coarse(
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Label only frames without ground truth.")
     ] = False,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Label only so many, spread evenly over those to label."),
+    ] = None,
     maps: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +89,7 @@ def coarse(
             )  # fmt: skip
     with progress("Coarse labels", len(wanted)) as step:
         manifest = make_labels(
-            wanted, out, sources, given, unlabelled=unlabelled, erase_list=erase,
+            wanted, out, sources, given, unlabelled=unlabelled, count=frames, erase_list=erase,
             only_looked_over=only_looked_over, auto_erase=auto_erase, agree=agree,
             allow_missing=allow_missing, on_frame=step,
         )  # fmt: skip

@@ -22,6 +22,10 @@ def train(
         str | None, typer.Option(help="Of the backbone: a name such as DEFAULT, or a file.")
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="To learn from, spread evenly.")] = 300,
+    level_classifiers: Annotated[
+        bool,
+        typer.Option("--level-classifiers", help="One network for each scale, as the paper's."),
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
@@ -41,7 +45,9 @@ def train(
         )
     records = open_dataset(dataset, root, split)
     torch.manual_seed(seed)
-    model = MotionPrior(None if backbone == "none" else backbone).eval()
+    model = MotionPrior(
+        None if backbone == "none" else backbone, level_classifiers=level_classifiers
+    ).eval()
     if weights is not None:
         model.load_backbone(weights)
     with progress("Training the prior", frames + epochs) as step:

@@ -38,8 +38,10 @@ class ClipDataset(Dataset[Sample]):
     in a new order, at a random place in its clip.  The other frames of the clip are
     neighbours at a stride drawn from `strides` (low, high), or with strides="random" any frames
     of the sequence, in order.  With anchor="last" the frame with ground truth is the last one of
-    its clip.  Sequences that are too short go back and forth; a sequence of one frame is a still
-    image, repeated under a drifting camera when there is augmentation.
+    its clip.  With by_sequence=True a pass is one over the sequences, of each a random frame with
+    ground truth, so that long ones count no more than short ones.  Sequences that are too short
+    go back and forth; a sequence of one frame is a still image, repeated under a drifting camera
+    when there is augmentation.
 
     cache=True keeps the frames, resized to 8/7 of `size`, in memory: 0.26 MB a frame at 224x224,
     in each worker process.
@@ -58,6 +60,7 @@ class ClipDataset(Dataset[Sample]):
         label_weights: Mapping[str, float] | None = None,
         cache: bool = False,
         anchor: Literal["any", "last"] = "any",
+        by_sequence: bool = False,
     ):
         if clip_length < 1:
             raise InputError(f"clip_length is {clip_length}; it has to be at least 1")
@@ -97,6 +100,11 @@ class ClipDataset(Dataset[Sample]):
             raise InputError(
                 f"{records.dataset} {records.split}: no frame with ground truth to train on"
             )
+        # Where the anchors of each sequence that has some begin, and where the last ones end.
+        self.starts = np.append(np.unique(self.anchors[:, 0], return_index=True)[1], len(anchors))
+        self.by_sequence = by_sequence
+        # What a pass draws once each: sequences, or frames with ground truth.
+        self.drawn = len(self.starts) - 1 if by_sequence else len(anchors)
         self.length = len(self.anchors) if length is None else length
         self.transform = None if augment is None else augment.for_clips(self.size)
         margin = 1.0 if augment is None else MARGIN
@@ -165,8 +173,10 @@ class ClipDataset(Dataset[Sample]):
 
     def choose(self, index: int, rng: np.random.Generator) -> list[Record]:
         """The records of sample `index`."""
-        count = len(self.anchors)
-        s, t = self.anchors[order(self.seed, index // count, count)[index % count]].tolist()
+        chosen = int(order(self.seed, index // self.drawn, self.drawn)[index % self.drawn])
+        if self.by_sequence:
+            chosen = int(rng.integers(self.starts[chosen], self.starts[chosen + 1]))
+        s, t = self.anchors[chosen].tolist()
         sequence, length = self.sequences[s], self.clip_length
         if self.strides == "random":
             last = t + 1 if self.anchor == "last" else len(sequence)

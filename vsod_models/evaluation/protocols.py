@@ -42,6 +42,12 @@ PROTOCOLS = {
             "over sequences",
         ),
         Protocol(
+            "davsod-raw", True, 128, False, 256, True,
+            "first and last annotated frame of each sequence skipped; ground truth > 128; MAE, S "
+            "and wF of the raw predictions, F and E of min-max normalised ones; 256 thresholds; "
+            "mean over frames, then over sequences",
+        ),
+        Protocol(
             "frame", False, 127, False, 255, False,
             "all annotated frames; ground truth > 127; MAE, S and wF of the raw predictions, F and "
             "E of min-max normalised ones; 255 thresholds; mean over frames",
@@ -52,7 +58,7 @@ PROTOCOLS = {
 
 def get_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
-        raise InputError(f"protocol {name!r}: there are {' and '.join(PROTOCOLS)}")
+        raise InputError(f"protocol {name!r}: there are {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 

@@ -86,6 +86,7 @@ def make_labels(
     weights: Sequence[float] | None = None,
     *,
     unlabelled: bool = False,
+    count: int | None = None,
     erase_list: str | Path | None = None,
     only_looked_over: bool = False,
     auto_erase: bool = False,
@@ -104,6 +105,7 @@ def make_labels(
         sources: folders with `<sequence>/<name>.png`, or names of the built-in maps.
         weights: one for each source, none negative; None: all the same.
         unlabelled: only frames without ground truth.
+        count: only so many of the frames, spread evenly over them; all where there are fewer.
         erase_list: JSON file, see `read_erase_list`.
         only_looked_over: label only frames that it marks or corrects.
         auto_erase: erase regions that fewer than `agree` maps find salient; None: at most half.
@@ -131,7 +133,13 @@ def make_labels(
     if not 1 <= agree <= len(sources):
         raise InputError(f"agree is {agree}; there are 1 to {len(sources)} maps to agree")
     to_erase = read_erase_list(Path(erase_list)) if erase_list is not None else {}
-    wanted = {f"{r.sequence}/{r.name}" for r in records if not (unlabelled and r.mask is not None)}
+    names = [f"{r.sequence}/{r.name}" for r in records if not (unlabelled and r.mask is not None)]
+    if count is not None and count < 1:
+        raise InputError(f"count is {count}; it has to be at least 1")
+    if count is not None and names:
+        spread = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
+        names = [names[i] for i in spread]
+    wanted = set(names)
     if unknown := sorted(set(to_erase) - wanted):
         raise InputError(
             f"{erase_list}: no frame {unknown[0]} to label here ({len(unknown)} such entries)"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from . import light_torchvision as torchvision
 from .light_torchvision import create_feature_extractor, vgg
 
@@ -219,8 +219,8 @@ def fetch_weights(name: str, weights: str) -> dict[str, Tensor]:
         ) from None
     try:
         return dict(entry.get_state_dict(progress=True, check_hash=True))
-    except OSError as error:  # URLError is one
+    except (OSError, RuntimeError) as error:  # no connection; a download that was cut off
         raise InputError(
-            f"weights {weights} of {name} could not be downloaded ({error}); pass a .pth or "
-            f".safetensors file with torchvision's key names instead (from {entry.url})"
+            f"weights {weights} of {name} could not be downloaded ({one_line(error)}); "
+            f"`curl -O {entry.url}` gets a file that can be given in place of the name"
         ) from None

@@ -19,8 +19,8 @@ from .regions import MotionPrior, pooled
 
 def region_samples(
     model: MotionPrior, records: Records, count: int, *, on_frame: Callable[[], object]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Features (R, F), salient share (R,) and area share (R,) of the regions of `count` frames.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Features (R, F), scale, salient share and area share (R,) of the regions of `count` frames.
 
     The frames are spread evenly over all that have ground truth and a next frame.
     """
@@ -41,7 +41,7 @@ def region_samples(
         pictures = record.read_image(), following.read_image()
         with naming(record, following):
             flow = optical_flow(*pictures, model.side)
-        segmentations, features = model.regions(flow)
+        segmentations, features, level = model.regions(flow)
         size = segmentations[0].shape[::-1]
         mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
         shares = np.concatenate([pooled(labels, mask[None])[:, 0] for labels in segmentations])
@@ -49,7 +49,7 @@ def region_samples(
             [np.bincount(labels.ravel()) / labels.size for labels in segmentations]
         )
         on_frame()
-        yield features, torch.from_numpy(shares), torch.from_numpy(area.astype(np.float32))
+        yield features, level, torch.from_numpy(shares), torch.from_numpy(area.astype(np.float32))
 
 
 def train_prior(
@@ -80,7 +80,9 @@ def train_prior(
         InputError: no ground truth, or one where nothing or everything is salient.
     """
     samples = list(region_samples(model, records, frames, on_frame=on_step))
-    features, target, area = (torch.cat([sample[i].cpu() for sample in samples]) for i in range(3))
+    features, level, target, area = (
+        torch.cat([sample[i].cpu() for sample in samples]) for i in range(4)
+    )
     if not 0 < target.mean() < 1:
         what = "everything" if target.any() else "nothing"
         raise InputError(
@@ -101,7 +103,7 @@ def train_prior(
     model.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(features), generator=generator).split(256):
-            logits = model(features[rows].to(device))
+            logits = model(features[rows].to(device), level[rows].to(device))
             losses = F.binary_cross_entropy_with_logits(
                 logits, target[rows].to(device), weight[rows].to(device)
             )
@@ -111,7 +113,12 @@ def train_prior(
         on_step()
     model.eval()
     with torch.inference_mode():
-        logits = torch.cat([model(rows.to(device)).cpu() for rows in features.split(4096)])
+        logits = torch.cat(
+            [
+                model(rows.to(device), levels.to(device)).cpu()
+                for rows, levels in zip(features.split(4096), level.split(4096), strict=True)
+            ]
+        )
     loss = F.binary_cross_entropy_with_logits(logits, target, weight)
     constant = torch.logit((weight * target).sum() / weight.sum()).expand_as(target)
     mean_loss = F.binary_cross_entropy_with_logits(constant, target, weight)

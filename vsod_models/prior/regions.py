@@ -4,7 +4,8 @@ two frames -> DIS flow -> flow image (hue: direction, saturation: speed)
   -> Felzenszwalb segmentation at M scales
   -> for each region: flow statistics, and backbone features of the flow image averaged over
      the region, over its neighbours and over the frame
-  -> three-layer network with 300 neurons -> probability of the region
+  -> three-layer network with 300 neurons -> probability of the region (eq. 1: a network for each
+     of the M segmentations, `level_classifiers`; by default they share one)
   -> mean over the M scales, pixel by pixel
 """
 
@@ -117,6 +118,8 @@ class MotionPrior(PretrainedModel):
         side: longer side of the frames for the flow.
         region_side: longer side that the flow is shrunk to for the regions.
         hidden: neurons of the two hidden layers.
+        level_classifiers: a network for each scale, as in the paper's eq. 1; False: all scales
+            share one, which sees M times as many regions.
     """
 
     feature_mean: Tensor
@@ -131,6 +134,7 @@ class MotionPrior(PretrainedModel):
         side: Annotated[int, Field(ge=16, le=16_384)] = 480,
         region_side: Annotated[int, Field(ge=16, le=4096)] = 256,
         hidden: Channels = 300,
+        level_classifiers: bool = False,
     ):
         super().__init__()
         self.scales, self.least_pixels = tuple(scales), least_pixels
@@ -140,6 +144,8 @@ class MotionPrior(PretrainedModel):
             "least_pixels": least_pixels, "side": side, "region_side": region_side,
             "hidden": hidden,
         }  # fmt: skip
+        if level_classifiers:  # only then: the key of priors that were made before stays
+            self.configuration["level_classifiers"] = True
         self.backbone = None
         features = STATISTICS
         if backbone is not None:
@@ -148,16 +154,28 @@ class MotionPrior(PretrainedModel):
             ).eval()
             self.backbone.requires_grad_(False)
             features += 3 * self.backbone.channels[0]
-        self.layers = nn.Sequential(
-            nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-            nn.Linear(hidden, 1),
-        )  # fmt: skip
+
+        def classifier() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                nn.Linear(hidden, 1),
+            )  # fmt: skip
+
+        self.layers: nn.Module = classifier()
+        if level_classifiers:
+            self.layers = nn.ModuleList(classifier() for _ in self.scales)
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_deviation", torch.ones(features))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features of R regions (R, F) -> logits (R,)."""
-        return self.layers((features - self.feature_mean) / self.feature_deviation).squeeze(1)
+    def forward(self, features: Tensor, level: Tensor) -> Tensor:
+        """Features of R regions (R, F), and the index of each one's scale (R,) -> logits (R,)."""
+        x = (features - self.feature_mean) / self.feature_deviation
+        if not isinstance(self.layers, nn.ModuleList):
+            return self.layers(x).squeeze(1)
+        logits = torch.empty_like(x[:, 0])
+        for index, classifier in enumerate(self.layers):
+            logits[level == index] = classifier(x[level == index]).squeeze(1)
+        return logits
 
     def train(self, mode: bool = True) -> MotionPrior:
         super().train(mode)
@@ -176,16 +194,15 @@ class MotionPrior(PretrainedModel):
 
     @torch.inference_mode()
     def from_flow(self, flow: np.ndarray) -> np.ndarray:
-        segmentations, features = self.regions(flow)
-        values = self(features).sigmoid().cpu().numpy()
-        counts = [int(labels.max()) + 1 for labels in segmentations]
-        by_scale = np.split(values, np.cumsum(counts)[:-1])
+        segmentations, features, level = self.regions(flow)
+        values = self(features, level).sigmoid().cpu().numpy()
+        by_scale = np.split(values, np.cumsum(np.bincount(level.cpu()))[:-1])
         maps = [value[labels] for labels, value in zip(segmentations, by_scale, strict=True)]
         return np.stack(maps).mean(0, dtype=np.float32)
 
     @torch.inference_mode()
-    def regions(self, flow: np.ndarray) -> tuple[list[np.ndarray], Tensor]:
-        """Labels (h, w) of each scale, and the features of all of their regions (R, F).
+    def regions(self, flow: np.ndarray) -> tuple[list[np.ndarray], Tensor, Tensor]:
+        """Labels (h, w) of each scale; of all regions the features (R, F) and the scale (R,).
 
         h and w are those of `flow`, shrunk to `region_side`.
         """
@@ -209,4 +226,6 @@ class MotionPrior(PretrainedModel):
                 columns += [own, around(own, area, neighbours(labels)), frame]
             segmentations.append(labels)
             features.append(np.concatenate(columns, 1))
-        return segmentations, torch.from_numpy(np.concatenate(features)).to(device)
+        level = np.repeat(np.arange(len(features)), [len(rows) for rows in features])
+        rows = torch.from_numpy(np.concatenate(features)).to(device)
+        return segmentations, rows, torch.from_numpy(level).to(device)

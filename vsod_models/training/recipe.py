@@ -35,7 +35,7 @@ class Source:
     dataset: str = "???"
     split: str = "train"
     root: str | None = None  # its folder, where data.roots does not say it
-    share: Positive = 1.0  # of the samples, relative to the other sources
+    share: Positive = 1.0  # of the samples, relative to the other sources; see data.draw
     labels: str | None = None  # folder of `vsod label coarse`, laid over the ground truth
     options: dict[str, Any] = field(default_factory=dict)  # of the reader
 
@@ -61,6 +61,10 @@ class DataConfig:
     clip_length: Frames | None = None  # the model's; another one is an error
     # In place of sizes, clip_length and batch_size: batches of different shapes, in turn.
     shapes: list[Shape] = field(default_factory=list)
+    # What a sample is drawn from, once the shares are applied: "shares", a source and then a frame
+    # of it; "frames", any labelled frame of all sources; "sequences", a sequence of all sources and
+    # then a frame of it.
+    draw: str = "shares"
     sampling: str = "adjacent"  # or "random": any frames of a sequence, in order
     max_stride: Count = 1  # adjacent frames of a clip are 1 to this far apart
     augment: bool = True

@@ -32,7 +32,7 @@ from ..networks.saved import PretrainedModel, build_model, current_names
 from ..prior.flow import FLOW_MAGNITUDE
 from ..prior.load import load_prior
 from ..zoo import load_model, model_class
-from .recipe import Config, plain
+from .recipe import RECIPES, Config, plain, read_config
 from .samples import (
     Progress,
     SampleNumbers,
@@ -156,8 +156,23 @@ def make_model(config: Config) -> Trainable:
     if config.backbone_weights is not None:
         model.load_backbone(config.backbone_weights)
     if config.initial is not None:
+        check_initial(config.initial)
         model.load_initial(load_model(config.initial).state_dict(), config.initial)
     return model
+
+
+def check_initial(source: str) -> None:
+    """InputError that says which recipe makes an earlier stage, where its model is not there."""
+    folder = Path(source)
+    if folder.exists() or folder.name != "model":  # else `load_model` knows what it is
+        return
+    how = "train it first, or say where it lies with initial=FOLDER"
+    for file in sorted(RECIPES.glob("*.yaml")):
+        if read_config(file).out == str(folder.parent):
+            how = (
+                f"`vsod train --config {file.stem}` makes it, or initial=FOLDER says where it lies"
+            )
+    raise InputError(f"initial: {folder}: no such model of an earlier stage; {how}")
 
 
 def train(

@@ -19,6 +19,8 @@ from ..prior.cache import make_priors
 from ..prior.flow import PriorSource
 from .recipe import Config, DataConfig, Shape, Source
 
+DRAWS = ("shares", "frames", "sequences")
+
 
 class Mix(Dataset):
     """Samples by number, drawn from several clip datasets in proportion to their shares.
@@ -118,6 +120,8 @@ def make_dataset(
     strides: Any = "random" if data.sampling == "random" else (1, data.max_stride)
     if data.sampling not in ("adjacent", "random"):
         raise InputError(f'data.sampling must be "adjacent" or "random", got {data.sampling!r}')
+    if data.draw not in DRAWS:
+        raise InputError(f"data.draw must be one of {', '.join(DRAWS)}, got {data.draw!r}")
     sources = [open_source(data, source) for source in data.train]
     if prior is not None:
         sources = with_priors(sources, prior, data, progress)
@@ -133,9 +137,13 @@ def make_dataset(
                 label_weights=data.label_weights,
                 cache=data.cache,
                 anchor="last" if model.outputs == "last" else "any",
+                by_sequence=data.draw == "sequences",
             )
             for records in sources
         ]
         for shape in shapes_of(config, model)
     ]
-    return Mix(parts, [source.share for source in data.train], config.seed)
+    shares = [source.share for source in data.train]
+    if data.draw != "shares":
+        shares = [share * part.drawn for share, part in zip(shares, parts[0], strict=True)]
+    return Mix(parts, shares, config.seed)

@@ -63,6 +63,9 @@ def open_dataset(
     dataset = find_dataset(name)
     if root is None and name != "synthetic":
         raise InputError(f"dataset {name} needs the folder that it lies in")
+    if root is not None and not Path(root).is_dir():
+        state = "not a folder" if Path(root).exists() else "no such folder"
+        raise InputError(f"{root}: {state}; it has to hold {name}, in the layout of docs/data.md")
     try:
         return dataset.open(None if root is None else Path(root), split, **options)
     except TypeError as error:

@@ -3,6 +3,8 @@
 JPEGImages/480p/<sequence>/<frame>.jpg
 Annotations/480p/<sequence>/<frame>.png
 ImageSets/480p/<split>.txt     "/JPEGImages/... /Annotations/..." a line, or sequence names
+
+The splits msst-train and msst-val of DAVIS-2016 are lists of this package.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from .folders import (
     need_folder,
     pictures,
     sequence_records,
+    shipped_list,
 )  # fmt: skip
 
 SPLITS = ("train", "val")
@@ -37,7 +40,11 @@ def foreground(picture: np.ndarray) -> np.ndarray:
 def open_davis16(
     root: Path, split: str, *, resolution: str = "480p", on_problem: OnProblem = fail
 ) -> Records:
-    """A split by its list file; "all" is every sequence.  Each frame needs its mask."""
+    """A split by its list file; "all" is every sequence.  Each frame needs its mask.
+
+    msst-train, msst-val: the halves, 25 sequences each, that stand for those of MSST-ConvLSTM's
+    training and evaluation, which the paper does not name; see docs/reproduction.md.
+    """
     return _open("davis16", root, split, resolution, True, on_problem)
 
 
@@ -65,6 +72,13 @@ def _open(
         if not is_plain(split):
             raise InputError(f"split is {split!r}; it has to be the plain name of a list")
         source = root / "ImageSets" / resolution / f"{split}.txt"
+        if not source.exists():
+            source = shipped_list(dataset, split) or source
+        if not source.exists() and (root / "ImageSets" / "2017").is_dir():
+            raise InputError(
+                f"{root}: DAVIS-2017, whose lists are in ImageSets/2017; this reads DAVIS-2016, "
+                f"which has {source.relative_to(root)}"
+            )
         listed = read_list(source)
     records = []
     for sequence, stems in listed.items():

@@ -27,11 +27,13 @@ from .folders import (
     need_folder,
     pictures,
     sequence_records,
+    shipped_list,
     unknown_split,
 )  # fmt: skip
 
 SPLITS = ("train", "test")
-PARTS = {"train": ("Trainingset",), "test": ("Testset",), "all": ("Trainingset", "Testset")}
+PARTS = {"train": ("Trainingset",), "test": ("Testset",), "all": ("Trainingset", "Testset"),
+         "msst-train": ("Trainingset",)}  # fmt: skip
 COUNTS = {"train": Counts(29), "test": Counts(30), "all": Counts(59, None, 720)}
 
 # Background regions of these have grey levels of their own; shares of 255.
@@ -44,8 +46,10 @@ def foreground(picture: np.ndarray, white_background: bool, threshold: float) ->
 
 
 def open_fbms59(root: Path, split: str, *, on_problem: OnProblem = fail) -> Records:
-    """Split train, test (or val, the same) or all.
+    """Split train, test (or val, the same), all or msst-train.
 
+    msst-train: the 12 sequences of train that stand for those of MSST-ConvLSTM's training, which
+    the paper does not name; see docs/reproduction.md.
     `tennis` of the test set is also in DAVIS-2016 train: a model trained there has seen it.
     """
     parts = PARTS.get("test" if split == "val" else split)
@@ -55,7 +59,9 @@ def open_fbms59(root: Path, split: str, *, on_problem: OnProblem = fail) -> Reco
     for part in parts:
         for folder in folders(need_folder(root / part, "<sequence>/*.jpg and GroundTruth")):
             records += read_sequence(folder, split, on_problem)
-    return gathered("fbms59", split, records, root)
+    found = gathered("fbms59", split, records, root)
+    file = shipped_list("fbms59", split)
+    return found if file is None else found.of_sequences(file.read_text().split())
 
 
 def read_sequence(folder: Path, split: str, on_problem: OnProblem) -> list[Record]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import InputError
-from ...files import PICTURE_ENDINGS, natural_order
+from ...files import PICTURE_ENDINGS, is_plain, natural_order
 from ..records import Picture, Record, Records
 
 # What a reader does with a problem that leaves the rest readable: raise, or collect (`check`).
@@ -90,6 +90,16 @@ def gathered(dataset: str, split: str, records: Iterable[Record], root: Path) ->
     if not collected:
         raise InputError(f"{root}: no frame of {dataset} {split} in it")
     return collected
+
+
+# Lists of this package, for splits that a paper has and the release of the dataset has not.
+LISTS = Path(__file__).parent.parent / "splits"
+
+
+def shipped_list(dataset: str, split: str) -> Path | None:
+    """The package's list of sequences for a split of a dataset; None where it has none."""
+    file = LISTS / f"{dataset}-{split}.txt"
+    return file if is_plain(file.name) and file.is_file() else None
 
 
 def unknown_split(dataset: str, split: str, splits: Iterable[str]) -> InputError:
