@@ -1,4 +1,4 @@
-"""Writes the tables and the pictures of reproduction.md from the JSON files of `vsod eval`.
+"""Writes the tables of reproduction.md from the JSON files of `vsod eval`.
 
 python docs/reproduction.py [RESULTS]
 """

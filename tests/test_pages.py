@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 
+PICTURES = [p for p in sorted(ROOT.glob("docs/*")) if p.suffix in (".jpg", ".png", ".svg")]
+
 
 def anchors(page):
     """Of its headings, as GitHub makes them."""
@@ -26,6 +28,15 @@ def test_links(page):
         path = (page.parent / name).resolve() if name else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.name)
+def test_each_picture_is_shown_and_can_be_drawn_again(picture):
+    assert any(picture.name in page.read_text() for page in PAGES)
+    drawn_by = [*ROOT.glob("docs/*.py"), ROOT / "vsod_models" / "recipes" / "small.sh"]
+    series = picture.stem.rpartition("-")[0] + "-{"  # f"serve-try-{name}.jpg"
+    code = "\n".join(path.read_text() for path in drawn_by)
+    assert picture.name in code or picture.stem in code or series in code
 
 
 def command(name):
@@ -71,6 +82,16 @@ def test_the_map_names_what_is_there():
     assert len(paths) > 40
     for path in paths:
         assert any(ROOT.glob(path.rstrip("/"))), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_files_that_are_there(page):
+    """By their paths, or the ends of these."""
+    folders = ("benchmarks", "csrc", "docs", "tests", "vsod_models", "vsod_ops")
+    there = [f"/{path}" for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    there += [f"/{path}" for path in ROOT.glob("*.*")]
+    for named in re.findall(r"`([\w./-]+\.(?:py|h|cpp|cu|sh))[ :`]", page.read_text()):
+        assert any(path.endswith(f"/{named}") for path in there), named
 
 
 def test_commits_are_linted_as_in_ci():

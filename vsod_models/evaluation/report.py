@@ -6,10 +6,7 @@ import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 from .evaluator import Evaluation
 from .measures import MEASURES
 

@@ -23,6 +23,11 @@ score() { # name of the numbers, name of the run, options of vsod predict
   vsod eval --pred "$out/$1-maps" --data "$davis" --dataset davis16 --protocol davsod \
     --json "$results/$1.json" --curves "$results/$1.png"
 }
+compare() { # name of the picture, LABEL=name of the numbers ...
+  local of pred=()
+  for of in "${@:2}"; do pred+=(--pred "${of%%=*}=$out/${of#*=}-maps"); done
+  vsod eval "${pred[@]}" --data "$davis" --dataset davis16 --protocol davsod --curves "$results/$1.png"
+}
 
 # MSSA and its baseline: stills, then videos; both readings of gamma, two seeds.
 mssa() {
@@ -41,6 +46,8 @@ mssa() {
       done
     done
   done
+  compare reproduction-mssa "baseline, balanced=baseline-balanced-0" "MSSA, balanced=mssa-balanced-0" \
+    "baseline, paper=baseline-paper-0" "MSSA, paper=mssa-paper-0"
 }
 
 # MSST: 360 iterations in all for each configuration, in stages.
@@ -63,6 +70,7 @@ msst() {
       score "$model-$seed-crf" "$model-$seed" --crf dss
     done
   done
+  compare reproduction-msst os=os-0 st=st-0 full=full-0 "full + CRF=full-0-crf"
 }
 
 # Coarse labels: every second training sequence as if it had no masks.
