@@ -170,7 +170,7 @@ def test_folders_that_cannot_be_corrected(made, tmp_path):
         opened(made)
     with pytest.raises(InputError, match="no such manifest of `vsod label coarse`"):
         Labels(folder / "maps", records, folder / "x.json")
-    with pytest.raises(InputError, match="which folder train has not"):
+    with pytest.raises(InputError, match="which is not in folder train"):
         Labels(folder / "labels", records.of_sequences(["one"]), folder / "x.json")
     file = folder / "once.json"
     for entry in ({"point": [15, 13]}, {"mark": "skip"}):

@@ -413,7 +413,7 @@ def test_coco_that_is_broken(tmp_path):
     with pytest.raises(InputError, match=r"000003\.jpg: no such image, but .*train2017\.json"):
         open_dataset("coco", root, "train")
     text(root / "annotations/instances_train2017.json", "{")
-    with pytest.raises(InputError, match=r"train2017\.json: not JSON, and so no instances file"):
+    with pytest.raises(InputError, match=r"train2017\.json: not JSON, so not the instances file"):
         open_dataset("coco", root, "train")
     (root / "annotations/instances_train2017.json").unlink()
     with pytest.raises(InputError, match=r"train2017\.json: no such instances file"):

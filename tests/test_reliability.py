@@ -405,7 +405,7 @@ def test_a_pipe_or_a_device_is_no_file(tmp_path, capsys):
     frame.unlink()
     os.mkfifo(frame)
     code, out, _ = vsod(capsys, "data", "check", "davis16", root, "--split", "val", "--jobs", 1)
-    assert code == 1 and f"problem: {frame}: a pipe or device, no file" in out
+    assert code == 1 and f"problem: {frame}: a pipe or device, not a file" in out
     refused(vsod(capsys, "predict", frame, "-o", tmp_path / "out.png"), "a pipe or device")
     lists = root / "ImageSets/480p/val.txt"
     lists.unlink()

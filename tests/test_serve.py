@@ -342,7 +342,7 @@ def test_clips_that_nobody_uses_go(client):
         (["--host", "0.0.0.0", "--token", "short"], "--token has to be at least 8"),
         (["--max-mb", "0"], "--max-mb must be above 0"),
         (["--model", "nothing"], "--model nothing: neither a folder or checkpoint nor a shipped"),
-        (["--labels", "nothing"], "--labels nothing: no folder of `vsod label coarse`"),
+        (["--labels", "nothing"], "--labels nothing: not a folder of `vsod label coarse`"),
         (["--data", "nothing"], "--data, --dataset, --split and --erase go with --labels"),
         (["--port", "99999"], "host 127.0.0.1, port 99999: "),
     ],

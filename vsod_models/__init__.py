@@ -1,4 +1,4 @@
-"""Video salient object detection with `vsod_ops`: MSSA and MSST-ConvLSTM, whole."""
+"""Video salient object detection with `vsod_ops`: MSSA and MSST-ConvLSTM, complete systems."""
 
 from importlib import import_module
 from typing import Any

@@ -30,7 +30,7 @@ Name = TypeVar("Name", str, Path)
 
 
 def is_picture(path: Path) -> bool:
-    """Whether its name ends as that of a picture."""
+    """Whether its name has the ending of a picture."""
     return path.suffix.lower() in PICTURE_ENDINGS
 
 
@@ -189,20 +189,22 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 def need_file(path: Path) -> None:
-    """InputError for what is there and no file: reading a pipe or a device may never end."""
+    """InputError for what exists but is not a file: reading a pipe or a device may never end."""
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, no file")
+        raise InputError(
+            f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, not a file"
+        )
 
 
 def read_json(file: Path, what: str) -> Any:
-    """What a JSON file holds; InputError naming it and `what` it should be, where it is none."""
+    """What a JSON file holds; if it is not JSON, InputError names it and `what` it should be."""
     need_file(file)
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: no such {what}") from None
     except (ValueError, RecursionError) as error:  # also of UTF-8, and numbers without end
-        raise InputError(f"{file}: not JSON, and so no {what} ({error})") from None
+        raise InputError(f"{file}: not JSON, so not the {what} ({error})") from None
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:

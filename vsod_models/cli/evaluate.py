@@ -25,8 +25,8 @@ def evaluate(
     dataset: Annotated[str, typer.Option(help="Its name, as `vsod data` takes it.")],
     split: Annotated[str, typer.Option(help="Its split.")] = "val",
     protocol: Annotated[str, typer.Option(help="davsod, davsod-raw or frame.")] = "davsod",
-    json: Annotated[Path | None, typer.Option(help="Write the numbers here.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="And here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write them to this CSV file.")] = None,
     curves: Annotated[
         Path | None, typer.Option(help="Draw the PR and F curves: .png, .svg or .pdf.")
     ] = None,
@@ -45,7 +45,7 @@ def evaluate(
         bool, typer.Option("--flicker", help="Also how much masks change along the optical flow.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(help="Processes; one for each core where not said.")
+        int | None, typer.Option(help="Worker processes (default: one for each core).")
     ] = None,
 ) -> None:
     """MAE, F, S, E and weighted F of saliency maps, under a named protocol."""

@@ -39,7 +39,8 @@ def coarse(
     fit: Annotated[
         bool,
         typer.Option(
-            "--fit", help="Fit the weights on ground truth; with --sequences, of the others."
+            "--fit",
+            help="Fit the weights on ground truth; with --sequences, on the others.",
         ),
     ] = False,
     erase: Annotated[
@@ -53,7 +54,7 @@ def coarse(
         bool, typer.Option("--auto-erase", help="Erase regions that too few of the maps find.")
     ] = False,
     agree: Annotated[
-        int | None, typer.Option(help="Maps that have to (default: more than half).")
+        int | None, typer.Option(help="How many maps have to (default: more than half).")
     ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Skip frames without one of their maps.")

@@ -26,7 +26,7 @@ def serve(
         str, typer.Option(help="Address to listen on; any but this machine's own needs --token.")
     ] = "127.0.0.1",
     token: Annotated[
-        str | None, typer.Option(help="What a browser has to know, 8 characters or more.")
+        str | None, typer.Option(help="Secret that a browser has to give, 8 characters or more.")
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -42,7 +42,7 @@ def serve(
     split: Annotated[str, typer.Option(help="Its split; default: what --labels says.")] = "",
     erase: Annotated[
         Path | None,
-        typer.Option(help="List that what is wrong goes into; default: LABELS.erase.json."),
+        typer.Option(help="File that corrections are written to; default: LABELS.erase.json."),
     ] = None,
     open_browser: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
@@ -65,7 +65,7 @@ def serve(
     read = None
     if labels is not None:
         if not (labels / "manifest.json").is_file():
-            raise InputError(f"--labels {labels}: no folder of `vsod label coarse`")
+            raise InputError(f"--labels {labels}: not a folder of `vsod label coarse`")
         listed = erase or labels.resolve().with_name(f"{labels.resolve().name}.erase.json")
         read = functools.partial(_labels, labels, data, dataset, split, listed)
     elif data or dataset or split or erase:
@@ -86,5 +86,5 @@ def _labels(labels: Path, data: Path | None, dataset: str, split: str, erase: Pa
     try:
         dataset, split = dataset or manifest["dataset"], split or manifest["split"]
     except (KeyError, TypeError):
-        raise InputError(f"{file}: no manifest of `vsod label coarse`") from None
+        raise InputError(f"{file}: not a manifest of `vsod label coarse`") from None
     return Labels(labels, open_dataset(dataset, data, split), erase)

@@ -1,4 +1,4 @@
-"""How far a training is, as a callback of Lightning."""
+"""How far training has come, as a callback of Lightning."""
 
 from __future__ import annotations
 

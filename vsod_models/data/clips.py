@@ -77,7 +77,7 @@ class ClipDataset(Dataset[Sample]):
         for kind, weight in self.label_weights.items():
             if kind not in ("fine", "coarse") or not 0 <= weight < np.inf:
                 raise InputError(
-                    f"label_weights.{kind} is {weight}; there are fine and coarse, both from 0 on"
+                    f"label_weights.{kind} is {weight}; there are fine and coarse, 0 or more"
                 )
         without = [f"{r.sequence}/{r.name}" for r in records if r.prior is None]
         self.has_prior = not without and len(records) > 0

@@ -25,7 +25,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     record = read_json(file, "record of `vsod predict`")
     if not isinstance(record, dict):
-        raise InputError(f"{file}: no record of `vsod predict`")
+        raise InputError(f"{file}: not a record of `vsod predict`")
     return record
 
 

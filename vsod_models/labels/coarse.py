@@ -248,7 +248,7 @@ def with_coarse_labels(records: Records, folder: str | Path) -> Records:
     try:
         labelled, skipped = set(manifest["frames"]), set(manifest["skipped"])
     except (KeyError, TypeError):
-        raise InputError(f"{file}: no manifest of `vsod label coarse`") from None
+        raise InputError(f"{file}: not a manifest of `vsod label coarse`") from None
     done, used = [], 0
     for record in records:
         name = f"{record.sequence}/{record.name}"

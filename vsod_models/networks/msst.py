@@ -192,7 +192,7 @@ class MSST(Trainable):
     def load_initial(self, state: Mapping[str, Tensor], source: str = "state") -> None:
         """Starts from the weights of an earlier stage: "os" for "st", "os" or "st" for "full".
 
-        Parts that the earlier stage does not have keep what they have.
+        Parts that the earlier stage does not have stay as they are.
 
         Raises:
             InputError: naming `source`, where these are not weights of such a stage.

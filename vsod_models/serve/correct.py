@@ -72,7 +72,7 @@ class Labels:
         try:
             labelled, skipped = manifest["frames"], manifest["skipped"]
         except (KeyError, TypeError):
-            raise InputError(f"{file}: no manifest of `vsod label coarse`") from None
+            raise InputError(f"{file}: not a manifest of `vsod label coarse`") from None
         if manifest.get("auto_erase") or any(of["erased"] for of in labelled.values()):
             raise InputError(
                 f"{folder}: made with an erase list or auto_erase=True; make the labels again "
@@ -88,8 +88,8 @@ class Labels:
                 frames.append(record)
         if missing := sorted(set(labelled) - set(self.of)):
             raise InputError(
-                f"{folder}: has a label for {missing[0]}, which {records.dataset} "
-                f"{records.split} has not"
+                f"{folder}: has a label for {missing[0]}, which is not in {records.dataset} "
+                f"{records.split}"
             )
         if skipped_by_hand := [n for n, why in skipped.items() if why == "skipped by a person"]:
             raise InputError(f"{folder}: made with an erase list, which skips {skipped_by_hand[0]}")
@@ -113,7 +113,7 @@ class Labels:
         try:
             entries = as_entries(json.loads(data), str(self.list)) if data else []
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{self.list}: not JSON, and so no erase list ({error})") from None
+            raise InputError(f"{self.list}: not JSON, so not an erase list ({error})") from None
         for entry in entries:
             if entry["frame"] not in self.of:
                 raise InputError(f"{self.list}: no frame {entry['frame']} in {self.folder}")

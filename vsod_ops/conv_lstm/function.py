@@ -34,9 +34,8 @@ def conv_lstm(
         h_t = sigmoid(o) tanh(c_t)
 
     Any strides.  Differentiable once in every tensor; forward-mode AD and ``torch.func`` run the
-    definition.  Feeding a sequence in chunks and carrying
-    the state gives the same result as feeding it whole.  x and h are never concatenated; without
-    gradients the gates are never in memory.
+    definition.  A sequence fed in chunks, with the state carried over, gives the same result as fed
+    whole.  x and h are never concatenated; without gradients the gates are never in memory.
 
     Args:
         x: (B, T, C, H, W) float32, float16, bfloat16 or float64; T from 0, C from 1.

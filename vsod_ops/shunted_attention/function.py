@@ -40,7 +40,7 @@ def shunted_attention(
         scale: factor of the scores, finite; default ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores, (B, H, N) float32, not
             differentiable.
-        backend: "cpu", "cuda", "triton" or "reference"; None takes the fastest that can run
+        backend: "cpu", "triton" or "reference"; None takes the fastest that can run
             (``python -m vsod_ops.doctor`` says which).  "triton" takes CPU tensors when
             TRITON_INTERPRET=1 is set before triton is first imported.
 
