@@ -7,16 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("lightning")
 pytest.importorskip("av")
+pytest.importorskip("cv2")
+
+import cv2
 
 import vsod_models
 from vsod_models.cli.app import in_flags
 from vsod_models.networks.contract import Loss, SaliencyModel, Trainable
 from vsod_models.prediction import VideoPredictor
 from vsod_models.prior.flow import FlowMagnitude
+from vsod_models.prior.motion import clip_motion
 from vsod_models.prior.regions import MotionPrior
 from vsod_models.training.recipe import read_config
 from vsod_models.training.run import train
@@ -69,6 +74,35 @@ def test_a_foreign_model_predicts():
     for saliency in VideoPredictor(Bright(), "cpu").predict_clip(frames):
         assert saliency.shape == (20, 30)
         assert saliency[:, :10].min() > 0.99 and saliency[:, 20:].max() < 0.01
+
+
+class Follows(Bright):
+    """What moves is salient."""
+
+    needs_motion = True
+
+    def encode(self, frames, prior=None):
+        return [F.interpolate(prior[0, :, 3:], frames.shape[-2:])[None]]
+
+    def decode(self, maps, size):
+        return maps[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_a_model_gets_the_motion_of_neighbouring_frames(count):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    texture = cv2.GaussianBlur(noise, (0, 0), 2)
+    frames = []
+    for t in range(count):
+        frames.append(texture[:32, :48].copy())
+        frames[-1][8:24, 4 + 3 * t : 20 + 3 * t] = texture[-16:, -16:]
+    model = Follows()
+    model.image_size = (32, 48)
+    made = VideoPredictor(model, "cpu").predict_clip(frames)
+    for one, (*_, length) in zip(made, clip_motion(frames), strict=True):
+        wanted = 1 / (1 + np.exp(-cv2.resize(length, (48, 32), interpolation=cv2.INTER_NEAREST)))
+        np.testing.assert_allclose(one, wanted, atol=1e-5)
+    assert (count > 1) == any((one > 0.55).any() for one in made)
 
 
 def test_what_a_model_has_to_have():

@@ -1,5 +1,7 @@
 """The virtual camera: aspect ratio kept, masks that follow, objects that move on their own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,3 +74,19 @@ def test_without_augmentation_the_whole_frame_is_seen():
     camera = Camera((100, 200), (50, 50), None, np.random.default_rng(0))
     corner = camera.at(0) @ (50, 50, 1)
     assert corner[:2].tolist() == [200, 100]
+
+
+def test_copies_of_a_mover_stand_still_and_are_not_in_its_mask():
+    image, mask = disc()
+    augmentation = replace(PLAIN, object_motion=1.0, crowd=1.0)
+    shown = 0
+    for seed in range(6):
+        frames, masks = still_clip(
+            image, mask, 3, (120, 200), augmentation, np.random.default_rng(seed)
+        )
+        copies = [(f[..., 0] > 200) & (m == 0) for f, m in zip(frames, masks, strict=True)]
+        moving = np.any([m > 0 for m in masks], 0)
+        shown += bool(copies[0].any())
+        for later in copies[1:]:
+            assert (later == copies[0])[~moving].mean() > 0.99
+    assert shown >= 4

@@ -16,6 +16,7 @@ from checks import full_disk
 
 from vsod_models.data.records import Record, Records
 from vsod_models.errors import InputError
+from vsod_models.networks.contract import MOTION_CHANNELS
 from vsod_models.prior import cache
 from vsod_models.prior.cache import make_priors
 from vsod_models.prior.fit import train_prior
@@ -27,6 +28,7 @@ from vsod_models.prior.flow import (
     without_camera,
 )
 from vsod_models.prior.load import load_prior
+from vsod_models.prior.motion import clip_motion, motion, without_affine
 from vsod_models.prior.regions import (
     STATISTICS,
     MotionPrior,
@@ -138,6 +140,42 @@ def test_flow_magnitude_finds_the_mover():
         prior = frame_prior(FlowMagnitude(), pictures[t], pictures[neighbour(t, 4)])
         assert prior[masks[t] > 0].mean() > 0.7 and prior[masks[t] == 0].mean() < 0.15
     assert [neighbour(t, 3) for t in range(3)] == [1, 2, 1] and neighbour(0, 1) == 0
+
+
+@pytest.mark.parametrize("speed", [0, 2])
+def test_what_moves_beside_the_camera(speed):
+    small, small_masks = clip(speed=speed)
+    pictures = [cv2.resize(picture, None, fx=3, fy=3) for picture in small]
+    maps = clip_motion(pictures)
+    assert maps.shape == (4, MOTION_CHANNELS, 54, 72) and maps.dtype == np.float32
+    for t, (x, y, relative, length) in enumerate(maps):
+        place = cv2.erode(cv2.resize(small_masks[t], (72, 54)), np.ones((7, 7))) == 255
+        outside = cv2.dilate(cv2.resize(small_masks[t], (72, 54)), np.ones((7, 7))) == 0
+        way = 1 if t < 3 else -1  # the last frame's motion leads back
+        pixels = np.expm1(4 * np.median(length[place]))
+        np.testing.assert_allclose(pixels, np.hypot(3 * speed, 3), rtol=0.15)
+        assert np.median(length[outside]) < 0.05 and np.median(relative[outside]) < 0.1
+        assert np.median(relative[place]) > 0.8 and np.median(way * y[place]) < -0.25
+        assert speed == 0 or np.median(way * x[place]) > 0.7
+
+
+def test_an_affine_camera_and_a_mover():
+    y, x = np.mgrid[0:60, 0:80].astype(np.float32)
+    flow = np.stack([0.05 * (x - 40) + 2, 0.02 * (x - 40) - 0.03 * (y - 30)], -1)
+    flow[20:40, 20:40] += 5
+    rest = without_affine(flow)
+    np.testing.assert_allclose(rest[20:40, 20:40], 5, atol=0.1)
+    rest[20:40, 20:40] = 0
+    assert np.abs(rest).max() < 0.1
+
+
+@pytest.mark.parametrize("size", [(1, 9), (16, 300), (33, 70)])
+def test_motion_of_equal_frames_small_frames_and_noise(size):
+    frame, other = texture(0, *size), texture(1, *size)
+    assert not motion(frame, frame.copy()).any() and not clip_motion([frame]).any()
+    seen = motion(frame, other)
+    assert seen.shape == (4, -(-size[0] // 4), -(-size[1] // 4)) and np.abs(seen).max() <= 2
+    assert not motion(np.zeros_like(frame), np.full_like(frame, 255)).any()
 
 
 def test_frames_of_two_sizes():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("torchvision")
 pytest.importorskip("huggingface_hub")
@@ -188,6 +189,25 @@ def test_every_parameter_gets_a_gradient():
     mssa_loss(model(torch.rand(2, 3, 3, 48, 48)), mask).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_motion_is_added_to_a_model_that_had_none():
+    frames, before = torch.rand(1, 3, 3, 50, 70), small()
+    motion = torch.rand(1, 3, 4, 13, 18)
+    model = small(motion=True)
+    model.load_initial(before.state_dict())
+    assert torch.equal(model(frames), before(frames)), "nothing, before it is trained"
+    assert torch.equal(model(frames, motion), before(frames))
+    model(frames, motion).sum().backward()
+    for share in model.motion.shares:
+        assert share.weight.grad.abs().sum() > 0
+        nn.init.normal_(share.weight, std=0.1)
+    other = motion.clone()
+    other[:, 1] += 1
+    maps = [model.encode(frames, m) for m in (motion, other)]
+    for one, two in zip(*maps, strict=True):
+        assert torch.equal(one[:, ::2], two[:, ::2]) and not torch.equal(one[:, 1], two[:, 1])
+    assert torch.equal(model(frames), model(frames, torch.zeros_like(motion)))
 
 
 @pytest.mark.parametrize(

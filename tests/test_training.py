@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from vsod_models.cli import app, main
 from vsod_models.errors import InputError
 from vsod_models.files import whole_file, whole_folder
+from vsod_models.prior.motion import clip_motion
 from vsod_models.training.recipe import RECIPES, Config, Shape, find_recipe, read_config
 from vsod_models.training.run import make_model, train
 from vsod_models.training.samples import SampleNumbers, make_dataset
@@ -316,6 +317,25 @@ def test_the_data_of_the_papers():
         ]  # fmt: skip
         assert config.data.draw == "frames" and config.model["full_resolution"]
         assert config.data.prior == "runs/msst-prior"
+
+
+def test_clips_bring_their_motion_where_the_model_takes_it(recipe):
+    changes = [
+        "data.train=[{dataset: synthetic, options: {clips: 3, size: [48, 64]}}]",
+        "data.without_motion=0.5",
+        "model.motion=true",
+        "out=unused",
+    ]
+    config = read_config(recipe, changes)
+    mix = make_dataset(config, make_model(config))
+    moves = []
+    for number in range(16):
+        sample = mix[number, 0]
+        frames = np.ascontiguousarray((255 * sample["frames"]).byte().movedim(1, -1))
+        moves.append(bool(sample["motion"].any()))
+        if moves[-1]:
+            assert torch.equal(sample["motion"], torch.from_numpy(clip_motion(list(frames))))
+    assert 4 <= sum(moves) <= 12 and torch.equal(mix[3, 0]["motion"], mix[3, 0]["motion"])
 
 
 def test_the_average_of_the_weights_is_what_is_saved(recipe, tmp_path):

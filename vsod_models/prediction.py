@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -38,6 +38,7 @@ from .media.views import VIEWS, check_view
 from .media.writing import Png, open_writer
 from .networks.contract import SaliencyModel
 from .networks.inference import for_inference
+from .prior.motion import motion
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Result:
     def time(self) -> float:
         """Seconds from the start."""
         return self.source.time
+
+
+class _Input(NamedTuple):
+    """A frame as the model takes it."""
+
+    frame: Frame
+    small: Tensor  # (3, h, w) uint8
+    beside: Tensor | None  # its motion prior (1, h, w), or its motion (4, h / 4, w / 4)
 
 
 @dataclass
@@ -154,6 +163,7 @@ class VideoPredictor:
         if crf is not None and crf not in PRESETS:
             raise InputError(f"crf must be one of {', '.join(PRESETS)}, got {crf}")
         self.crf, self.prior = crf, prior
+        self.needs_motion = getattr(model, "needs_motion", False)
         self.prior_name = ""  # where it has one, for `describe`
         with self._foreign_errors():
             made = for_inference(model, self.dtype, fold=not self.source)
@@ -240,36 +250,42 @@ class VideoPredictor:
 
     def _encoded(self, frames: Iterable[Frame]) -> Iterator[list[_Held]]:
         """The frames with their maps, in chunks of the frames that are new in `batch` windows."""
-        chunk: list[tuple[Frame, np.ndarray | None]] = []
-        for pair in self._with_prior(frames):
-            chunk.append(pair)
+        chunk: list[_Input] = []
+        for made in self._inputs(frames):
+            chunk.append(made)
             if len(chunk) == self.batch * self.stride:
                 yield self._encode(chunk)
                 chunk = []
         if chunk:
             yield self._encode(chunk)
 
-    def _with_prior(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, np.ndarray | None]]:
-        if self.prior is None or not self.model.needs_prior:
-            yield from ((frame, None) for frame in frames)
+    def _inputs(self, frames: Iterable[Frame]) -> Iterator[_Input]:
+        small = ((f, resized(as_planes(f.picture), self.size)) for f in frames)
+        if not (self.model.needs_prior or self.needs_motion):
+            yield from (_Input(*one, None) for one in small)
             return
-        before: Frame | None = None
-        frame: Frame | None = None
-        for following in frames:
-            if frame is not None:
-                yield frame, self._prior_of(frame, following)
-            before, frame = frame, following
-        if frame is not None:
-            yield frame, self._prior_of(frame, before or frame)
+        before = this = None
+        for following in small:
+            if this is not None:
+                yield _Input(*this, self._beside(this, following))
+            before, this = this, following
+        if this is not None:
+            yield _Input(*this, self._beside(this, before or this))
 
-    def _prior_of(self, frame: Frame, other: Frame) -> np.ndarray:
-        if frame.prior is not None:
-            return frame.prior
-        assert self.prior is not None
-        try:
-            return self.prior(frame.picture, other.picture)
-        except InputError as error:
-            raise InputError(f"frames {frame.name} and {other.name}: {error}") from None
+    def _beside(self, this: tuple[Frame, Tensor], other: tuple[Frame, Tensor]) -> Tensor:
+        """What the model takes beside a frame, from this frame and its neighbour."""
+        if self.needs_motion:
+            pictures = [small.movedim(0, -1).contiguous().numpy() for _, small in (this, other)]
+            return torch.from_numpy(motion(*pictures))
+        frame, neighbour = this[0], other[0]
+        prior = frame.prior
+        if prior is None:
+            assert self.prior is not None
+            try:
+                prior = self.prior(frame.picture, neighbour.picture)
+            except InputError as error:
+                raise InputError(f"frames {frame.name} and {neighbour.name}: {error}") from None
+        return resized(torch.from_numpy(prior)[None].float(), self.size)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -296,21 +312,14 @@ class VideoPredictor:
             kind = type(error).__name__
             raise InputError(f"model {self.source}: {kind}: {one_line(error)}") from error
 
-    def _encode(self, chunk: Sequence[tuple[Frame, np.ndarray | None]]) -> list[_Held]:
-        small = [
-            resized(torch.from_numpy(frame.picture).movedim(-1, 0), self.size) for frame, _ in chunk
-        ]
+    def _encode(self, chunk: Sequence[_Input]) -> list[_Held]:
         with self._running():
-            inputs = [torch.stack(small)[None].to(self.device).float() / 255]
-            if self.model.needs_prior:
-                priors = [
-                    resized(torch.from_numpy(prior)[None].float(), self.size)
-                    for _, prior in chunk
-                    if prior is not None
-                ]
-                inputs.append(torch.stack(priors)[None].to(self.device))
+            inputs = [torch.stack([one.small for one in chunk])[None].to(self.device).float() / 255]
+            beside = [one.beside for one in chunk if one.beside is not None]
+            if beside:
+                inputs.append(torch.stack(beside)[None].to(self.device))
             maps = self.model.encode(*inputs)
-            return [_Held(frame, [m[0, t] for m in maps]) for t, (frame, _) in enumerate(chunk)]
+            return [_Held(one.frame, [m[0, t] for m in maps]) for t, one in enumerate(chunk)]
 
     def _decode(self, windows: Sequence[Sequence[_Held]]) -> Tensor:
         """Windows of equal length -> probabilities (B, T, h, w), or (B, h, w) for "last"."""
@@ -388,11 +397,16 @@ class VideoPredictor:
         height, width = one.frame.picture.shape[:2]
         saliency = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
         if self.crf is not None:
-            picture = torch.from_numpy(one.frame.picture).movedim(-1, 0)[None].to(self.device)
+            picture = as_planes(one.frame.picture)[None].to(self.device)
             probability = torch.from_numpy(saliency)[None].to(self.device)
             refined = vsod_ops.dense_crf(probability, picture, preset=self.crf)
             saliency = refined[0].cpu().numpy()
         return saliency
+
+
+def as_planes(picture: np.ndarray) -> Tensor:
+    """(H, W, C) -> (C, H, W)."""
+    return torch.from_numpy(picture).movedim(-1, 0)
 
 
 def load_predictor(

@@ -156,6 +156,8 @@ def still_clip(
     path -= path[rng.integers(length)]
     behind = without_object(image, mask)
     layer = np.dstack([image, cv2.GaussianBlur(mask, (0, 0), 0.7)])
+    if augmentation.crowd and rng.random() < augmentation.crowd:
+        behind = crowded(behind, layer, centre, rng)
     frames, masks = [], []
     for t in range(length):
         dx, dy, turn, zoom = path[t] * (OBJECT_STEP * side, OBJECT_STEP * side, OBJECT_TURN,
@@ -166,12 +168,32 @@ def still_clip(
             @ scaling(math.exp(zoom), math.exp(zoom))
             @ shift(-centre[0] - dx, -centre[1] - dy)
         )
-        moved = camera.picture(layer, t, back)
-        alpha = moved[:, :, 3:].astype(np.float32) / 255
-        frame = moved[:, :, :3] * alpha + camera.picture(behind, t) * (1 - alpha)
-        frames.append(frame.astype(np.uint8))
+        frames.append(over(camera.picture(layer, t, back), camera.picture(behind, t)))
         masks.append(camera.picture(mask, t, back))
     return frames, masks
+
+
+def over(layer: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """A layer (H, W, 4) with its alpha over a picture (H, W, 3)."""
+    alpha = layer[:, :, 3:].astype(np.float32) / 255
+    return (layer[:, :, :3] * alpha + behind * (1 - alpha)).astype(np.uint8)
+
+
+def crowded(
+    picture: np.ndarray, layer: np.ndarray, centre: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """The picture with one to three copies of an object, (H, W, 4), elsewhere in it."""
+    height, width = picture.shape[:2]
+    for _ in range(rng.integers(1, 4)):
+        size = rng.uniform(0.6, 1.2)
+        place = (
+            shift(rng.uniform(0.1, 0.9) * width, rng.uniform(0.25, 0.75) * height)
+            @ rotation(rng.uniform(-0.2, 0.2))
+            @ scaling(size * rng.choice([-1.0, 1.0]), size)
+            @ shift(-centre[0], -centre[1])
+        )
+        picture = over(cv2.warpAffine(layer, place[:2], (width, height)), picture)
+    return picture
 
 
 def without_object(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

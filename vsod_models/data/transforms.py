@@ -52,6 +52,7 @@ class Augmentation:
     # Keep the frame's aspect ratio, and warp each frame once; see `camera.py`.
     keep_aspect: bool = False
     object_motion: Share = 0.5  # share of stills whose object moves on its own (keep_aspect)
+    crowd: Share = 0.0  # share of these where copies of it stand still behind it, unmasked
 
     def for_clips(self, size: tuple[int, int]) -> v2.Transform:
         """The transform to clips of `size` (height, width)."""

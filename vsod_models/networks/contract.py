@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .losses import LossOptions
 from .saved import PretrainedModel, load_state
 
+MOTION_CHANNELS, MOTION_STRIDE = 4, 4  # of the maps of `vsod_models.prior.motion`
+
 
 class SaliencyModel(nn.Module, ABC):
     """A model that says what is salient in the frames of a window.
@@ -24,6 +26,7 @@ class SaliencyModel(nn.Module, ABC):
     image_size: tuple[int, int]  # (height, width) it is trained at
     outputs: Literal["all", "last"]  # which frames of a window get a mask
     needs_prior: bool = False  # whether `encode` takes a motion prior beside the frames
+    needs_motion: bool = False  # or their motion, made from neighbouring frames as they come
     # Frames keep their aspect ratio: prediction resizes them to about as many pixels as
     # `image_size` has, with sides that are multiples of this.  None: to `image_size` itself.
     side_multiple: int | None = None
@@ -35,7 +38,8 @@ class SaliencyModel(nn.Module, ABC):
     def encode(self, frames: Tensor, prior: Tensor | None = None) -> list[Tensor]:
         """Maps of each frame alone.
 
-        frames (B, T, 3, H, W) RGB in [0, 1], prior (B, T, 1, H, W) in [0, 1] where it is needed
+        frames (B, T, 3, H, W) RGB in [0, 1]; prior (B, T, 1, H, W) in [0, 1] for `needs_prior`, the
+        maps (B, T, 4, H / 4, W / 4) of `vsod_models.prior.motion` for `needs_motion`
         -> any number of (B, T, C, h, w).
         """
 

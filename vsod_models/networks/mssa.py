@@ -1,6 +1,7 @@
 """MSSA: video salient object detection with multi-scale self-attention (2023).
 
     frames -> VGG16, frame by frame -> maps of strides 2, 4, 8, 16
+      (with `motion`: to each map, what a few convolutions make of the motion beside the camera's)
       the two deepest: 1x1 convolution -> transformer blocks over all tokens of the clip, in which
         half of the heads see every token (r = 1) and half see tokens reduced by 2 in time, height
         and width (r = 2), by `vsod_ops.shunted_attention`
@@ -29,7 +30,7 @@ from vsod_ops import ShuntedAttention
 from ..errors import InputError
 from ..limits import BackboneOptions, Backend, Channels, Frames, Heads, Reductions, Size, Strides
 from .backbones import Backbone
-from .contract import Loss, Trainable
+from .contract import MOTION_CHANNELS, MOTION_STRIDE, Loss, Trainable
 from .losses import LossOptions, mssa_loss
 
 
@@ -53,6 +54,8 @@ class MSSA(Trainable):
         image_size: (height, width) it is trained at; prediction resizes to it by default.
         keep_aspect: frames keep their aspect ratio: prediction resizes them to as many pixels as
             `image_size` has, with sides that are multiples of the deepest stride.
+        motion: whether it takes the motion of each frame beside the frames; without any (None or
+            zeros) it masks them by their looks.
         backend: of the attention op, see :func:`vsod_ops.shunted_attention`.
 
     Shape:
@@ -78,6 +81,7 @@ class MSSA(Trainable):
         clip_length: Frames = 5,
         image_size: Size = (224, 224),
         keep_aspect: bool = False,
+        motion: bool = False,
         backend: Backend | None = None,
     ):
         super().__init__()
@@ -115,21 +119,30 @@ class MSSA(Trainable):
             for c, f in zip(coarser, finer, strict=True)
         )
         self.mask = nn.Conv2d(decoder_dim if finer else dim, 1, 1)
+        self.needs_motion = motion
+        if motion:
+            self.motion = Motion(strides, [*skip_channels, *[dim] * len(levels)])
 
-    def forward(self, frames: Tensor) -> Tensor:
-        return self.decode(self.encode(frames), frames.shape[-2:])
+    def forward(self, frames: Tensor, motion: Tensor | None = None) -> Tensor:
+        return self.decode(self.encode(frames, motion), frames.shape[-2:])
 
     def encode(self, frames: Tensor, prior: Tensor | None = None) -> list[Tensor]:
         """Maps of each frame alone: a window over a video can put them together again.
 
-        frames (B, T, 3, H, W) -> one (B, T, C, h, w) for each stride, finest first; `prior` is
-        ignored.
+        frames (B, T, 3, H, W) -> one (B, T, C, h, w) for each stride, finest first; `prior` is the
+        motion, and ignored by a model that takes none.
         """
         if frames.dim() != 5 or frames.shape[2] != 3:
             raise ValueError(f"frames must be (B, T, 3, H, W), got shape {tuple(frames.shape)}")
         maps = self.backbone(rearrange(frames, "b t c h w -> (b t) c h w"))
         count = len(self.lift)
         maps[-count:] = [lift(m) for lift, m in zip(self.lift, maps[-count:], strict=True)]
+        if self.needs_motion:
+            if prior is None:
+                size = [-(-n // MOTION_STRIDE) for n in frames.shape[-2:]]
+                prior = frames.new_zeros(*frames.shape[:2], MOTION_CHANNELS, *size)
+            added = self.motion(rearrange(prior, "b t c h w -> (b t) c h w"), maps)
+            maps = [m + a for m, a in zip(maps, added, strict=True)]
         return [rearrange(m, "(b t) c h w -> b t c h w", b=frames.shape[0]) for m in maps]
 
     def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
@@ -154,7 +167,7 @@ class MSSA(Trainable):
         return rearrange(x[..., :height, :width], "(b t) c h w -> b t c h w", b=batch)
 
     def loss(self, batch: Mapping[str, Tensor], options: LossOptions) -> Loss:
-        logits, masks = self(batch["frames"]), batch["masks"]
+        logits, masks = self(batch["frames"], batch.get("motion")), batch["masks"]
         weight = batch["valid"] * batch["weight"]
         value = mssa_loss(logits, masks, weight, options.positive_weight)
         return Loss(value, logits, masks, weight)
@@ -164,6 +177,47 @@ class MSSA(Trainable):
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         return list(self.backbone.parameters())
+
+    def load_initial(self, state: Mapping[str, Tensor], source: str = "state") -> None:
+        """As every model; one that takes no motion gives all but what looks at it."""
+        own = {k: v for k, v in self.state_dict().items() if k.startswith("motion.")}
+        super().load_initial({**own, **state}, source)
+
+
+class Motion(nn.Module):
+    """What is added to the maps of each stride; nothing, before it is trained.
+
+    Shape:
+        motion (N, 4, H / 4, W / 4), maps (N, C, h, w) of each stride -> the same as the maps.
+    """
+
+    def __init__(self, strides: Sequence[int], channels: Sequence[int]):
+        super().__init__()
+        self.steps, self.shares = nn.ModuleList(), nn.ModuleList()
+        width, reached = MOTION_CHANNELS, MOTION_STRIDE
+        for stride, count in zip(strides, channels, strict=True):
+            made = min(16 * max(stride // MOTION_STRIDE, 1), 64)
+            self.steps.append(
+                nn.Sequential(
+                    nn.Conv2d(width, made, 3, max(stride // reached, 1), padding=1),
+                    nn.ReLU(inplace=True),
+                    nn.Conv2d(made, made, 3, padding=1),
+                    nn.ReLU(inplace=True),
+                )
+            )
+            share = nn.Conv2d(made, count, 1)
+            for parameter in share.parameters():
+                nn.init.zeros_(parameter)
+            self.shares.append(share)
+            width, reached = made, max(stride, reached)
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        added = []
+        for step, share, m in zip(self.steps, self.shares, maps, strict=True):
+            x = step(x)
+            size = m.shape[-2:]
+            added.append(F.interpolate(share(x), size, mode="bilinear", align_corners=False))
+        return added
 
 
 class Block(nn.Module):

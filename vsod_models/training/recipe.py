@@ -72,6 +72,7 @@ class DataConfig:
     label_weights: dict[str, NotNegative] = field(default_factory=dict)  # fine, coarse; default 1
     prior: str = "flow-magnitude"  # motion prior of MSST: this, or a folder of `vsod prior train`
     prior_cache: str | None = None  # where priors are kept; default: the user's cache folder
+    without_motion: Share = 0.2  # of the clips for a model that takes their motion (MSSA)
     cache: bool = False  # keep the resized frames in memory, in each worker
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
 

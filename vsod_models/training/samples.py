@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -17,6 +18,7 @@ from ..labels.coarse import with_coarse_labels
 from ..networks.contract import SaliencyModel
 from ..prior.cache import make_priors
 from ..prior.flow import PriorSource
+from ..prior.motion import clip_motion
 from .recipe import Config, DataConfig, Shape, Source
 
 DRAWS = ("shares", "frames", "sequences")
@@ -26,6 +28,7 @@ class Mix(Dataset):
     """Samples by number, drawn from several clip datasets in proportion to their shares.
 
     parts[s][d] gives clips of dataset d in shape s; an index is (number of the sample, shape).
+    without_motion: the share of samples whose `motion` (T, 4, h, w) is 0; None: they have none.
     """
 
     def __init__(
@@ -33,15 +36,21 @@ class Mix(Dataset):
         parts: Sequence[Sequence[ClipDataset]],
         shares: Sequence[float],
         seed: int,
+        without_motion: float | None = None,
     ):
-        self.parts, self.seed = parts, seed
+        self.parts, self.seed, self.without_motion = parts, seed, without_motion
         self.bounds = np.cumsum(shares) / np.sum(shares)
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
         number, shape = index
-        draw = np.random.default_rng((self.seed, number)).random()
+        draw, still = np.random.default_rng((self.seed, number)).random(2)
         part = min(int(np.searchsorted(self.bounds, draw, side="right")), len(self.bounds) - 1)
-        return self.parts[shape][part][number]
+        sample = self.parts[shape][part][number]
+        if self.without_motion is not None:
+            frames = list((255 * sample["frames"]).byte().movedim(1, -1).numpy())
+            maps = clip_motion(frames)
+            sample["motion"] = torch.from_numpy(maps * (still >= self.without_motion))
+        return sample
 
 
 class SampleNumbers(Sampler[list[tuple[int, int]]]):
@@ -146,4 +155,5 @@ def make_dataset(
     shares = [source.share for source in data.train]
     if data.draw != "shares":
         shares = [share * part.drawn for share, part in zip(shares, parts[0], strict=True)]
-    return Mix(parts, shares, config.seed)
+    without = data.without_motion if model.needs_motion else None
+    return Mix(parts, shares, config.seed, without)
