@@ -36,6 +36,22 @@ def test_errors_name_the_argument(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("first", (torch.float64, torch.float32))
+def test_autocast_leaves_float64_alone_and_a_mixture_names_the_argument(first):
+    a, b = (first, torch.float32) if first == torch.float64 else (first, torch.float64)
+    state = X[:, 0].to(b), X[:, 0].to(b)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=rf"keys\[0\] is {b} but q is {a}"):
+            shunted_attention(Q.to(a), [Q.to(b)], [Q.to(a)])
+        with pytest.raises(TypeError, match=f"weight_hh is {b} but x is {a}"):
+            conv_lstm(X.to(a), None, W.to(a), W.to(b))
+        with pytest.raises(TypeError, match=rf"state\[0\] is {b} but x is {a}"):
+            conv_lstm(X.to(a), state, W.to(a), W.to(a))
+        double = Q.double()
+        assert shunted_attention(double, [double], [double]).dtype == torch.float64
+        assert shunted_attention(Q, [Q.half()], [Q]).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("low", (0.0, -1e-7, -9e-4))
 @pytest.mark.parametrize("high", (1.0, 1 + 1e-6, 1 + 9e-4))
 def test_probabilities_that_are_off_by_rounding_are_clamped(low, high):

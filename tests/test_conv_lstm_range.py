@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks_conv_lstm import eager_conv_lstm, lstm_inputs, lstm_results, moved, through_conv_lstm
 
-from vsod_ops import backends
+from vsod_ops import backends, conv_lstm
 
 needs_cpu = pytest.mark.skipif(
     isinstance(backends.compiled_module("_cpu"), str), reason="needs the compiled CPU module"
@@ -68,3 +68,20 @@ def test_infinities_and_nan_give_what_the_definition_gives(shape, dtype, values)
         assert_same_numbers({"out": out, "c_T": c_actual}, {"out": oracle, "c_T": c_last}, dtype)
         seen_nan = seen_nan or oracle.isnan().any().item()
     assert seen_nan or len(values) == 1
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_taps_beyond_the_image_are_zeros_however_far(backend):
+    x, weight = torch.randn(1, 2, 2, 4, 5), torch.randn(8, 2, 3, 3)
+    expected = conv_lstm(x, None, weight, weight, dilation=5, backend=backend)[0]
+    for dilation in (6, 2**31, 2**62, 2**63 - 1):
+        leaf = x.clone().requires_grad_()
+        out = conv_lstm(leaf, None, weight, weight, dilation=dilation, backend=backend)[0]
+        assert torch.equal(out, expected)
+        out.sum().backward()
+        tangent = torch.func.jvp(
+            lambda x, d=dilation: conv_lstm(x, None, weight, weight, dilation=d)[0], (x,), (x,)
+        )[1]
+        assert leaf.grad.isfinite().all() and tangent.isfinite().all()
+    with pytest.raises(ValueError, match=r"dilation must be below 2\*\*63"):
+        conv_lstm(x, None, weight, weight, dilation=2**63)

@@ -395,3 +395,12 @@ def test_trains_like_the_reference():
     fused, reference = losses(None), losses("reference")
     assert fused[-1] < fused[0]
     assert fused == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_hook_may_change_the_strides_of_what_is_saved(backend):
+    q, k, v = (torch.randn(1, 2, 7, 8, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(shunted_attention(q, [k], [v]).sum(), (q, k, v))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.mT.contiguous().mT):
+        out = shunted_attention(q, [k], [v], backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), (q, k, v)), expected)

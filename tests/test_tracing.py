@@ -44,16 +44,30 @@ def count_compilations(function, calls):
     return len(compiled)
 
 
-def test_a_scale_that_changes_is_not_compiled_in():
+def test_scales_that_change_are_compiled_as_often_as_those_of_torch():
     q, keys = attention_inputs(5)
     calls = [(scale,) for scale in (0.1, 0.2, -0.3, 0.7, 1.1)]
     count = count_compilations(lambda scale: shunted_attention(q, keys, keys, scale=scale), calls)
-    assert count <= 2
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    assert count <= count_compilations(lambda scale: sdpa(q, q, q, scale=scale), calls)
 
 
 def test_lengths_that_change_are_not_compiled_in():
     calls = [attention_inputs(length) for length in (5, 7, 9, 12, 31)]
     assert count_compilations(lambda q, keys: shunted_attention(q, keys, keys), calls) <= 2
+
+
+def test_head_dims_that_change_are_not_compiled_in():
+    calls = [attention_inputs(5, head_dim) for head_dim in (8, 16, 24, 32, 40)]
+    assert count_compilations(lambda q, keys: shunted_attention(q, keys, keys), calls) <= 2
+
+
+def test_steps_and_sizes_that_change_are_not_compiled_in():
+    weights = torch.randn(8, 3, 3, 3), torch.randn(8, 2, 3, 3)
+    calls = [(torch.randn(1, steps, 3, 14, 15),) for steps in (4, 5, 6, 7)]
+    assert count_compilations(lambda x: conv_lstm(x, None, *weights)[0], calls) <= 2
+    calls = [(torch.randn(1, 4, 3, size, 15),) for size in (10, 11, 12, 13)]
+    assert count_compilations(lambda x: conv_lstm(x, None, *weights)[0], calls) <= 2
 
 
 def test_a_length_that_depends_on_data():

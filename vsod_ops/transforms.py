@@ -1,14 +1,17 @@
 """Where the kernels have no rule: forward-mode AD and the transforms of torch.func.
 
 There the ops run their definition in plain PyTorch, which every transform sees through: right for
-`jvp`, `jacfwd`, `grad`, `jacrev`, `hessian` and `vmap`, and as slow and large as eager code.
+`jvp`, `jacfwd`, `grad`, `jacrev`, `hessian` and `vmap`, and as slow and large as eager code.  Only
+`vmap` of attention runs the kernels, on a larger batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 
 def applies(op: str, tensors: Iterable[Tensor | None], backend: str | None) -> bool:
@@ -17,8 +20,8 @@ def applies(op: str, tensors: Iterable[Tensor | None], backend: str | None) -> b
     Raises:
         NotImplementedError: a backend other than "reference" was named.
     """
-    there = torch._C._functorch.peek_interpreter_stack() is not None
-    if not there and not has_tangent(tensors):
+    # Not peek_interpreter_stack: torch.compile takes what that returns for an object, even None.
+    if not torch._C._are_functorch_transforms_active() and not has_tangent(tensors):
         return False
     if backend not in (None, "reference"):
         raise NotImplementedError(
@@ -28,11 +31,45 @@ def applies(op: str, tensors: Iterable[Tensor | None], backend: str | None) -> b
     return True
 
 
+def only_vmap() -> bool:
+    """Whether torch.func.vmap alone is active, perhaps several times."""
+    # torch.compile cannot look at the stack; it has transforms run the definition.
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    return all(one.key() == torch._C._functorch.TransformType.Vmap for one in stack)
+
+
 def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     """Whether forward-mode AD goes through one of the tensors."""
     if forward_ad._current_level < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def register_autograd(
+    lib: torch.library.Library,
+    name: str,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """torch.library.register_autograd, for an op that says that it has no forward-mode AD.
+
+    PyTorch by itself drops the tangent of a dual tensor without a word.  An op without `backward`
+    raises where a gradient goes through it.
+    """
+    kernel = make_autograd_impl(
+        getattr(torch.ops.vsod_ops, name).default, Info(backward, setup_context)
+    )
+
+    def checked(keyset, *arguments):
+        if has_tangent(x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)):
+            raise NotImplementedError(
+                f"vsod_ops::{name} has no rule for forward-mode AD; the public functions have one"
+            )
+        return kernel(keyset, *arguments)
+
+    lib.impl(name, checked, "Autograd", with_keyset=True)
 
 
 def is_differentiated(x: Tensor) -> bool:

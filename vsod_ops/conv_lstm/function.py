@@ -115,6 +115,8 @@ def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, 
         raise TypeError(f"dilation must be an int, got {type(dilation).__name__}")
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if dilation >= 2**63:
+        raise ValueError(f"dilation must be below 2**63, got {dilation}")
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be a bool, got {type(recompute).__name__}")
     check_name(backend)
@@ -138,7 +140,7 @@ def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, 
     if transforms.applies("conv_lstm", (*tensors, c), backend):
         out, c_last, _, _ = reference.forward(
             *(x, h, c, weight_ih, weight_hh, bias, weight_peephole),
-            *(dilation, op.SAVE_NOTHING),
+            *(op.within(dilation, x), op.SAVE_NOTHING),
         )
         return out, (out[:, -1], c_last)
     save = op.SAVE_NOTHING
@@ -193,7 +195,8 @@ def _check(x, state, weight_ih, weight_hh, bias, weight_peephole, autocast) -> N
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device} but x is on {x.device}")
         wide_cell = name == "state[1]" and t.dtype == op.state_dtype(x.dtype)
-        if t.dtype != x.dtype and not autocast and not wide_cell:
+        casts = autocast and t.dtype != torch.float64  # which autocast leaves alone
+        if t.dtype != x.dtype and not casts and not wide_cell:
             raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}")
 
 

@@ -27,7 +27,7 @@ of the cell state (float32 for 16-bit N, else N).  All results are contiguous.
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, transforms
 from ..backends import FLOATS, FLOATS_AND_DOUBLE, Backend
 from . import reference
 
@@ -105,11 +105,17 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def within(dilation: int, x: Tensor) -> int:
+    """A dilation of the same taps: beyond the image they are all outside, however far."""
+    return min(dilation, max(x.shape[-2:]))
+
+
 def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
     chosen = choose(backend, x.device.type, x.dtype, x.shape[2], weight_hh.shape[1])
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
         return _fake_forward(*inputs, dilation, save, backend)
+    dilation = within(dilation, x)
     if chosen == "cpu":
         return torch.ops.vsod_ops.conv_lstm_cpu(*inputs, dilation, save)
     if chosen == "cuda":
@@ -132,6 +138,7 @@ def _backward(
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
         empty = _fake_backward(*grads, *inputs, *kept, dilation, needs, backend)
         return tuple(t.zero_() for t in empty)
+    dilation = within(dilation, x)
     if chosen == "cuda":
         return torch.ops.vsod_ops.conv_lstm_backward_cuda(*grads, *inputs, *kept, dilation, needs)
     if chosen == "cpu":
@@ -202,7 +209,8 @@ for _name, _kernel, _fake in (
     for _key in ("CPU", "CUDA"):
         _lib.impl(_name, _kernel, _key)
     torch.library.register_fake(f"vsod_ops::{_name}", _fake, lib=_lib)
-torch.library.register_autograd(
-    "vsod_ops::conv_lstm", _autograd, setup_context=_setup_context, lib=_lib
-)
-torch.library.register_autograd("vsod_ops::conv_lstm_backward", _double_backward, lib=_lib)
+transforms.register_autograd(_lib, "conv_lstm", _autograd, _setup_context)
+transforms.register_autograd(_lib, "conv_lstm_backward", _double_backward)
+for _name in ("conv_lstm", "conv_lstm_backward"):
+    for _backend in ("cpu", "cuda", "cuda_on_host"):
+        transforms.register_autograd(_lib, f"{_name}_{_backend}")

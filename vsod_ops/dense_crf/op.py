@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, transforms
 from ..backends import FLOATS_AND_DOUBLE, Backend
 from . import reference
 
@@ -131,10 +131,6 @@ def _fake(prob: Tensor, image: Tensor, *arguments) -> Tensor:
     return prob.new_empty(prob.shape, dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output):
-    pass
-
-
 NO_GRADIENT = "dense_crf has no gradient: it is post-processing; call it on prob.detach()"
 
 
@@ -145,6 +141,6 @@ def _no_gradient(ctx, grad):
 for _key in ("CPU", "CUDA"):
     _lib.impl("dense_crf", _forward, _key)
 torch.library.register_fake("vsod_ops::dense_crf", _fake, lib=_lib)
-torch.library.register_autograd(
-    "vsod_ops::dense_crf", _no_gradient, setup_context=_setup_context, lib=_lib
-)
+transforms.register_autograd(_lib, "dense_crf", _no_gradient)
+for _name in ("dense_crf_cpu", "dense_crf_cuda", "dense_crf_cuda_on_host"):
+    transforms.register_autograd(_lib, _name, _no_gradient)

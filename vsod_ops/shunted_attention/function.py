@@ -29,7 +29,8 @@ def shunted_attention(
     ``k_h``, ``v_h`` from ``keys[g]``, ``values[g]``.  Group 0 owns the first H_0 heads of q,
     group 1 the next H_1, and so on.  Softmax and both accumulations are in float32 (float64 for
     float64 input); no N x N_g matrix is ever in memory.  Any strides.  Differentiable once in q,
-    keys and values; forward-mode AD and ``torch.func`` run the definition, with scores in memory.
+    keys and values; under ``vmap`` what is mapped over is a larger batch; forward-mode AD and the
+    rest of ``torch.func`` run the definition, with scores in memory.
     Source: shunted self-attention (Ren et al. 2022), over space and time as in the multi-scale
     self-attention of MSSA (2023).
 
@@ -60,19 +61,20 @@ def shunted_attention(
         torch.Size([1, 4, 3920, 64])
     """
     keys, values = _check(q, keys, values)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale must be None or a number, got {type(scale).__name__}")
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+            raise TypeError(f"scale must be None or a number, got {type(scale).__name__}")
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale must be finite, got {scale}")
     check_name(backend)
 
     dtype = transforms.autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
-    if transforms.applies("shunted_attention", (q, *keys, *values), backend):
-        out, lse = reference.differentiable(q, keys, values, scale)
+    tensors = (q, *keys, *values)
+    mapped = transforms.only_vmap() and not transforms.has_tangent(tensors)
+    if not mapped and transforms.applies("shunted_attention", tensors, backend):
+        out, lse = reference.differentiable(q, keys, values, op.factor(q, scale))
     else:
         out, lse = op.shunted_attention(q, keys, values, scale, backend)
     return (out, lse.float()) if return_lse else out
@@ -96,11 +98,12 @@ def _check(
     batch, heads, _, head_dim = q.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q has head_dim {head_dim}; it must be from 1 to {MAX_HEAD_DIM}")
-    autocast = transforms.autocast_dtype(q.device.type) is not None
+    autocast = transforms.autocast_dtype(q.device.type) is not None and q.dtype != torch.float64
     for g, (k, v) in enumerate(zip(keys, values, strict=True)):
         for name, x in ((f"keys[{g}]", k), (f"values[{g}]", v)):
             _check_tensor(name, x)
-            if x.dtype != q.dtype and not autocast:
+            casts = autocast and x.dtype != torch.float64  # which autocast leaves alone
+            if x.dtype != q.dtype and not casts:
                 raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}")
             if x.device != q.device:
                 raise ValueError(f"{name} is on {x.device} but q is on {q.device}")

@@ -6,7 +6,7 @@ never baked into a traced graph.  Compiled backends are ops of their own, with t
 
 import torch
 
-from .. import backends
+from .. import backends, transforms
 from ..backends import FLOATS, FLOATS_AND_DOUBLE, Backend
 from . import reference
 
@@ -18,18 +18,21 @@ backends.register(
 )
 
 _lib = torch.library.Library("vsod_ops", "FRAGMENT")
-_FORWARD = "(Tensor q, Tensor[] keys, Tensor[] values, float scale{}) -> (Tensor out, Tensor lse)"
+_FORWARD = "(Tensor q, Tensor[] keys, Tensor[] values, {} scale{}) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
     "(Tensor grad_out, Tensor q, Tensor[] keys, Tensor[] values, Tensor out, Tensor lse, "
-    "float scale, bool need_q, bool[] need_keys, bool[] need_values{}) "
+    "{} scale, bool need_q, bool[] need_keys, bool[] need_values{}) "
     "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues)"
 )
 # lse is in the compute dtype (float64 for float64).  A gradient that is not needed comes back
-# as a tensor of shape (0,).
-_lib.define("shunted_attention" + _FORWARD.format(", str? backend"))
-_lib.define("shunted_attention_backward" + _BACKWARD.format(", str? backend"))
-_lib.define("shunted_attention_cpu" + _FORWARD.format(""))  # csrc/shunted_attention/cpu.cpp
-_lib.define("shunted_attention_backward_cpu" + _BACKWARD.format(""))
+# as a tensor of shape (0,).  No scale is D ** -0.5: a number would be traced as a constant, and
+# every head_dim compiled anew.
+_lib.define("shunted_attention" + _FORWARD.format("float?", ", str? backend"))
+_lib.define("shunted_attention_backward" + _BACKWARD.format("float?", ", str? backend"))
+_lib.define(
+    "shunted_attention_cpu" + _FORWARD.format("float", "")
+)  # csrc/shunted_attention/cpu.cpp
+_lib.define("shunted_attention_backward_cpu" + _BACKWARD.format("float", ""))
 
 shunted_attention = torch.ops.vsod_ops.shunted_attention.default
 _shunted_attention_backward = torch.ops.vsod_ops.shunted_attention_backward.default
@@ -40,10 +43,16 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
     return backends.choose("shunted_attention", backend, device_type, dtype)
 
 
+def factor(q: torch.Tensor, scale: float | None) -> float:
+    """Of the scores."""
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _forward(q, keys, values, scale, backend):
     chosen = choose(backend, q.device.type, q.dtype)
     if q.numel() == 0:
         return _fake_forward(q, keys, values, scale, backend)
+    scale = factor(q, scale)
     if chosen == "cpu":
         return torch.ops.vsod_ops.shunted_attention_cpu(q, keys, values, scale)
     if chosen == "triton":
@@ -55,7 +64,8 @@ def _forward(q, keys, values, scale, backend):
 
 def _backward(grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend):
     chosen = choose(backend, q.device.type, q.dtype)
-    tensors = (grad_out, q, keys, values, out, lse, scale)
+    lse = lse.contiguous()  # a hook on saved tensors, or vmap, may give it other strides
+    tensors = (grad_out, q, keys, values, out, lse, factor(q, scale))
     needs = (need_q, need_keys, need_values)
     if q.numel() == 0:
         dq, dkeys, dvalues = _fake_backward(*tensors, *needs, backend)
@@ -127,14 +137,49 @@ def _double_backward(ctx, *grads):
     )
 
 
-for _name, _kernel, _fake in (
-    ("shunted_attention", _forward, _fake_forward),
-    ("shunted_attention_backward", _backward, _fake_backward),
+# ---- vmap: what it maps over becomes part of the batch
+
+
+def _folded(size: int, x, dim):
+    """(size * B, ...) from x (B, ...) with a mapped dimension `dim`, or None where all share x."""
+    if isinstance(x, (list, tuple)):
+        return [_folded(size, one, d) for one, d in zip(x, dim, strict=True)]
+    mapped = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return mapped.flatten(0, 1)
+
+
+def _unfolded(size: int, x):
+    """(size, B, ...) from (size * B, ...)."""
+    if isinstance(x, (list, tuple)):
+        return [_unfolded(size, one) for one in x]
+    return x.unflatten(0, (size, x.shape[0] // size)) if x.dim() > 1 else x.expand(size, 0)
+
+
+def _vmap_forward(info, in_dims, *arguments):
+    tensors, rest = arguments[:3], arguments[3:]
+    size = info.batch_size
+    folded = [_folded(size, x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
+    out, lse = shunted_attention(*folded, *rest)
+    return (_unfolded(size, out), _unfolded(size, lse)), (0, 0)
+
+
+def _vmap_backward(info, in_dims, *arguments):
+    tensors, rest = arguments[:6], arguments[6:]
+    size = info.batch_size
+    folded = [_folded(size, x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
+    grads = tuple(_unfolded(size, g) for g in _shunted_attention_backward(*folded, *rest))
+    return grads, tuple([0] * len(g) if isinstance(g, list) else 0 for g in grads)
+
+
+for _name, _kernel, _fake, _vmap in (
+    ("shunted_attention", _forward, _fake_forward, _vmap_forward),
+    ("shunted_attention_backward", _backward, _fake_backward, _vmap_backward),
 ):
     for _key in ("CPU", "CUDA"):
         _lib.impl(_name, _kernel, _key)
     torch.library.register_fake(f"vsod_ops::{_name}", _fake, lib=_lib)
-torch.library.register_autograd(
-    "vsod_ops::shunted_attention", _autograd, setup_context=_setup_context, lib=_lib
-)
-torch.library.register_autograd("vsod_ops::shunted_attention_backward", _double_backward, lib=_lib)
+    torch.library.register_vmap(f"vsod_ops::{_name}", _vmap, lib=_lib)
+transforms.register_autograd(_lib, "shunted_attention", _autograd, _setup_context)
+transforms.register_autograd(_lib, "shunted_attention_backward", _double_backward)
+for _name in ("shunted_attention_cpu", "shunted_attention_backward_cpu"):
+    transforms.register_autograd(_lib, _name)
