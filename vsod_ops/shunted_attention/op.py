@@ -25,13 +25,12 @@ _BACKWARD = (
     "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues)"
 )
 # lse is in the compute dtype (float64 for float64).  A gradient that is not needed comes back
-# as a tensor of shape (0,).  No scale is D ** -0.5: a number would be traced as a constant, and
-# every head_dim compiled anew.
-_lib.define("shunted_attention" + _FORWARD.format("float?", ", str? backend"))
-_lib.define("shunted_attention_backward" + _BACKWARD.format("float?", ", str? backend"))
-_lib.define(
-    "shunted_attention_cpu" + _FORWARD.format("float", "")
-)  # csrc/shunted_attention/cpu.cpp
+# as a tensor of shape (0,).  A Scalar stays a symbol where torch.compile traces a changing scale; a
+# float would be compiled in.  No scale is D ** -0.5, or every head_dim would be compiled anew.
+_lib.define("shunted_attention" + _FORWARD.format("Scalar?", ", str? backend"))
+_lib.define("shunted_attention_backward" + _BACKWARD.format("Scalar?", ", str? backend"))
+# csrc/shunted_attention/cpu.cpp
+_lib.define("shunted_attention_cpu" + _FORWARD.format("float", ""))
 _lib.define("shunted_attention_backward_cpu" + _BACKWARD.format("float", ""))
 
 shunted_attention = torch.ops.vsod_ops.shunted_attention.default
@@ -52,7 +51,7 @@ def _forward(q, keys, values, scale, backend):
     chosen = choose(backend, q.device.type, q.dtype)
     if q.numel() == 0:
         return _fake_forward(q, keys, values, scale, backend)
-    scale = factor(q, scale)
+    scale = float(factor(q, scale))
     if chosen == "cpu":
         return torch.ops.vsod_ops.shunted_attention_cpu(q, keys, values, scale)
     if chosen == "triton":
@@ -65,7 +64,7 @@ def _forward(q, keys, values, scale, backend):
 def _backward(grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend):
     chosen = choose(backend, q.device.type, q.dtype)
     lse = lse.contiguous()  # a hook on saved tensors, or vmap, may give it other strides
-    tensors = (grad_out, q, keys, values, out, lse, factor(q, scale))
+    tensors = (grad_out, q, keys, values, out, lse, float(factor(q, scale)))
     needs = (need_q, need_keys, need_values)
     if q.numel() == 0:
         dq, dkeys, dvalues = _fake_backward(*tensors, *needs, backend)
