@@ -11,9 +11,9 @@ so repeats are equal to the bit.
 import triton
 import triton.language as tl
 
-from ...triton_tuning import number
 from .tiles import (
     _PART,
+    At,
     Peepholes,
     Planes,
     Products,
@@ -54,7 +54,7 @@ def _bwd_tail(
     m_tile = px.m[:, None] & m_m
     b_dh = tl.where(m_tile, b_dh, 0.0)  # so that all that is written for padding is 0
     if grad.p is not None:
-        o_grad = px.frame.to(tl.int64) * grad.b + number(dsums.at.step).to(tl.int64) * grad.t
+        o_grad = px.frame.to(tl.int64) * grad.b + tl.cast(dsums.at.step, tl.int64) * grad.t
         o_grad += px.y.to(tl.int64) * grad.y + px.x.to(tl.int64) * grad.x
         o_grad = o_grad[:, None] + (o_m.to(tl.int64) * grad.c)[None, :]
         b_dh += tl.load(grad.p + o_grad, mask=m_tile, other=0.0).to(tl.float32)
@@ -96,7 +96,10 @@ def _bwd_tail(
     tl.store(p_row + 3 * MP, b_do, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["at"])
+_STEPS = [f"{name}_{number}" for name in ("now", "c", "c_new", "gates") for number in At._fields]
+
+
+@triton.jit(do_not_specialize=["n_frames", *_STEPS])
 def conv_lstm_bwd_kernel(
     p_dsums,  # (B, steps, H, W, 4, MP), gradients of the sums: read at step + 1, written at step
     p_weight,  # (M, K * K, 4, MP), or None at the last step
@@ -108,7 +111,15 @@ def conv_lstm_bwd_kernel(
     p_dc_new,  # (B, M, H, W), the same for c_{t-1}
     p_peephole,  # (3, M), (3, M, H, W) or None
     size,  # Sizes
-    at,  # Steps
+    n_frames,  # B
+    now_steps,
+    now_step,
+    c_steps,
+    c_step,
+    c_new_steps,
+    c_new_step,
+    gates_steps,
+    gates_step,
     FULL: tl.constexpr,  # peepholes are (3, M, H, W)
     K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,11 +131,12 @@ def conv_lstm_bwd_kernel(
     """One step.  Grid: (ceil(B * H * W / BP), ceil(M / BM))."""
     PRODUCTS: tl.constexpr = Products(K, BK, PRECISION, INTERPRET)
     MP = size.MP
-    px = _pixels(tl.program_id(0) * BP, number(at.frames), size, BP)
+    now = At(now_steps, now_step)
+    px = _pixels(tl.program_id(0) * BP, n_frames, size, BP)
     b_dh = tl.zeros([BP, BM], tl.float32)
     if p_weight is not None:
         o_n = (tl.program_id(1) * BM + tl.arange(0, BM)) % size.hidden
-        o_row = _row(px, at.now, size) + size.area
+        o_row = _row(px, now, size) + size.area
         b_dh = _taps(
             b_dh,
             Rows(p_dsums, o_row, 4 * MP),
@@ -144,11 +156,11 @@ def conv_lstm_bwd_kernel(
             px,
             o_m,
             size,
-            Planes(p_dsums, at.now),
+            Planes(p_dsums, now),
             grad,
-            Planes(p_gates, at.gates),
-            Planes(p_c, at.c),
-            Planes(p_c_new, at.c_new),
+            Planes(p_gates, At(gates_steps, gates_step)),
+            Planes(p_c, At(c_steps, c_step)),
+            Planes(p_c_new, At(c_new_steps, c_new_step)),
             p_dc,
             p_dc_new,
             Peepholes(p_peephole, FULL),

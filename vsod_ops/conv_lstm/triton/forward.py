@@ -10,9 +10,9 @@ sums of gates are never in memory.  A zero state skips the taps of h.
 import triton
 import triton.language as tl
 
-from ...triton_tuning import number
 from .tiles import (
     _PART,
+    At,
     Peepholes,
     Planes,
     Products,
@@ -94,7 +94,12 @@ def _fwd_tail(
             tl.store(p_h_new + o_h, b_h, mask=px.m[:, None] & (o_m < size.MP)[None, :])
 
 
-@triton.jit(do_not_specialize=["at"])
+_STEPS = [
+    f"{name}_{number}" for name in ("now", "h", "c", "c_new", "gates") for number in At._fields
+]
+
+
+@triton.jit(do_not_specialize=["n_frames", *_STEPS])
 def conv_lstm_fwd_kernel(
     p_x,  # (B, steps, H, W, CP)
     p_h,  # (B, h steps, H, W, MP), h_{t-1}; None for zeros
@@ -107,7 +112,17 @@ def conv_lstm_fwd_kernel(
     p_c_new,  # (B, c_new steps, M, H, W), c_t
     p_gates,  # (B, gate steps, 4, M, H, W) or None
     size,  # Sizes
-    at,  # Steps
+    n_frames,  # B
+    now_steps,
+    now_step,
+    h_steps,
+    h_step,
+    c_steps,
+    c_step,
+    c_new_steps,
+    c_new_step,
+    gates_steps,
+    gates_step,
     FULL: tl.constexpr,  # peepholes are (3, M, H, W)
     K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,13 +134,14 @@ def conv_lstm_fwd_kernel(
     """One step.  Grid: (ceil(B * H * W / BP), ceil(M / BM))."""
     PRODUCTS: tl.constexpr = Products(K, BK, PRECISION, INTERPRET)
     CP, MP = size.CP, size.MP
-    px = _pixels(tl.program_id(0) * BP, number(at.frames), size, BP)
+    now = At(now_steps, now_step)
+    px = _pixels(tl.program_id(0) * BP, n_frames, size, BP)
     # Rows beyond the last are computed again, not masked: fewer registers.
     o_n = (tl.program_id(1) * (4 * BM) + tl.arange(0, 4 * BM)) % (4 * MP)
     b_acc = _taps(
         tl.zeros([BP, 4 * BM], tl.float32),
-        Rows(p_x, _row(px, at.now, size), CP),
-        Rows(p_h, _row(px, at.h, size), MP),
+        Rows(p_x, _row(px, now, size), CP),
+        Rows(p_h, _row(px, At(h_steps, h_step), size), MP),
         Weights(p_weight, o_n, K * K * (CP + MP)),
         px,
         size,
@@ -141,13 +157,13 @@ def conv_lstm_fwd_kernel(
             px,
             o_m,
             size,
-            Planes(p_c, at.c),
+            Planes(p_c, At(c_steps, c_step)),
             p_bias,
             Peepholes(p_peephole, FULL),
-            Planes(p_out, at.now),
+            Planes(p_out, now),
             p_h_new,
-            Planes(p_c_new, at.c_new),
-            Planes(p_gates, at.gates),
+            Planes(p_c_new, At(c_new_steps, c_new_step)),
+            Planes(p_gates, At(gates_steps, gates_step)),
             BP,
             _PART,
         )

@@ -26,7 +26,7 @@ from .plan import (
     cdiv,
     padded,
 )
-from .tiles import At, Sizes, Steps, Strided
+from .tiles import At, Sizes, Strided
 
 timings = tuning.Timings()
 
@@ -138,9 +138,8 @@ def backward(
                 p_dc_new=dc_before,
                 p_peephole=weight_peephole,
                 size=call.size,
-                at=tuning.opaque(
-                    Steps(batch, At(steps, t), At(1, 0), before[1], after[1], gates_t[1])
-                ),
+                n_frames=batch,
+                **_steps(now=At(steps, t), c=before[1], c_new=after[1], gates=gates_t[1]),
                 FULL=call.full,
             )
             dc_after = dc_before
@@ -165,6 +164,15 @@ def backward(
 
 def _strided(x: Tensor | None) -> Strided:
     return Strided(None, 0, 0, 0, 0, 0) if x is None else Strided(x, *x.stride())
+
+
+def _steps(**places: At) -> dict[str, int]:
+    """The arguments that say where tensors of several steps are read and written."""
+    return {
+        f"{name}_{field}": number
+        for name, at in places.items()
+        for field, number in at._asdict().items()
+    }
 
 
 def _options(tile: Tile) -> dict[str, Any]:
@@ -331,9 +339,8 @@ class Call:
             p_c_new=c_new[0],
             p_gates=gates[0],
             size=self.size,
-            at=tuning.opaque(
-                Steps(self.batch, At(self.steps, step), h[1], c[1], c_new[1], gates[1])
-            ),
+            n_frames=self.batch,
+            **_steps(now=At(self.steps, step), h=h[1], c=c[1], c_new=c_new[1], gates=gates[1]),
             FULL=self.full,
         )
 

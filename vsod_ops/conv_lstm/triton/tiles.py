@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...triton_tuning import number
-
 # Channels of a tile that go through the pointwise work at once; all of them would spill.
 _PART = tl.constexpr(16)
 
@@ -38,21 +36,14 @@ class Sizes(NamedTuple):
 
 
 class At(NamedTuple):
-    """Which step of a tensor that holds several: how many there are, and which one; opaque."""
+    """Which step of a tensor that holds several: how many there are, and which one.
+
+    Kernels take both numbers as arguments of their own, which they are not compiled for; hidden in
+    a tuple they would stay in registers across the products, and spill.
+    """
 
     steps: Any
     step: Any
-
-
-class Steps(NamedTuple):
-    """Frames and steps of a launch, opaque."""
-
-    frames: Any  # B
-    now: At  # of x, out, gradients
-    h: At
-    c: At
-    c_new: At
-    gates: At
 
 
 class Strided(NamedTuple):
@@ -168,13 +159,13 @@ def _pixels(o_first, n_frames, size, BP: tl.constexpr):
 @triton.jit
 def _row(px, at, size):
     """Which row of (frame, steps, H * W) belongs to each pixel."""
-    return (px.frame * number(at.steps) + number(at.step)) * size.area + px.p
+    return (px.frame * at.steps + at.step) * size.area + px.p
 
 
 @triton.jit
 def _planes(px, at, o_m, n_channels, area):
     """Offsets [BP, BM] into (frame, steps, n_channels, H, W), contiguous."""
-    o_frame = px.frame.to(tl.int64) * number(at.steps) + number(at.step)
+    o_frame = px.frame.to(tl.int64) * at.steps + at.step
     o_row = o_frame * n_channels * area + px.p
     return o_row[:, None] + (o_m.to(tl.int64) * area)[None, :]
 
