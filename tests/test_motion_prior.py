@@ -331,7 +331,7 @@ def test_backbone_features_are_pooled_and_stay_frozen(tmp_path):
 
 
 def test_what_cannot_be_used(tmp_path):
-    with pytest.raises(InputError, match=r"no such folder; `vsod prior train .*flow-magnitude"):
+    with pytest.raises(InputError, match=r"no such folder; `vsod prior train` .*flow-magnitude"):
         load_prior(tmp_path / "nothing")
     with pytest.raises(InputError, match="no backbone"):
         statistics_prior().load_backbone("IMAGENET1K_V1")

@@ -424,7 +424,7 @@ def test_recipes_that_cannot_be(tmp_path):
         (["data.train=[{dataset: davis16}]"], r"data\.roots\.davis16=DIR"),
         (["data.sampling=sorted"], r"data\.sampling"),
         (["data.draw=lots"], r"data\.draw must be one of shares, frames, sequences"),
-        (["initial=runs/mssa-pretrain/model"], r"`vsod train --config mssa-pretrain` makes it"),
+        (["initial=runs/mssa-pretrain/model"], "recipe mssa-pretrain makes it"),
         (["initial=elsewhere/model"], r"elsewhere/model: no such model .*train it first"),
         (["data.clip_length=3"], r"data\.clip_length is 3 and the model's 2"),
         (["loss.positive_weight=inverse"], r"loss\.positive_weight"),

@@ -125,9 +125,9 @@ class VideoPredictor:
     ):
         self.device = choose_device(device)
         self.name = name or type(model).__name__
-        self.source = getattr(model, "source", "")
+        self.source = model.source
         self.length = int(model.clip_length)
-        self.multiple = getattr(model, "side_multiple", None) if size is None else None
+        self.multiple = model.side_multiple if size is None else None
         height, width = size or model.image_size
         self.size = (int(height), int(width))
         if min(self.size) < 1 or self.size[0] * self.size[1] > MOST_PIXELS:
@@ -188,7 +188,7 @@ class VideoPredictor:
             chosen["dense_crf"] = {
                 backends.choose("dense_crf", None, self.device.type, torch.float32)
             }
-        terms = getattr(self.model, "terms", "")
+        terms = self.model.terms
         model = f"model {self.name}" + (f" (weights for {terms})" if terms else "")
         lines = [f"device {device}", model, str(self.dtype).removeprefix("torch.")]
         for op, names in chosen.items():

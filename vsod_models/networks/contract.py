@@ -33,6 +33,7 @@ class SaliencyModel(nn.Module, ABC):
     # Who wrote it, where not this package: its errors say so, and prediction changes nothing in it
     # and takes no fewer bits than it was given unless told to.
     source: str = ""
+    terms: str = ""  # what its weights may be used for, where that is limited
 
     @abstractmethod
     def encode(self, frames: Tensor, prior: Tensor | None = None) -> list[Tensor]:

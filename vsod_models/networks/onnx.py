@@ -48,7 +48,7 @@ def metadata_of(model: SaliencyModel, **others: str) -> dict[str, str]:
     }
     if model.side_multiple is not None:
         known["side_multiple"] = str(model.side_multiple)
-    if getattr(model, "terms", ""):
+    if model.terms:
         known["terms"] = str(model.terms)
     return {**known, **others}
 

@@ -16,9 +16,8 @@ def load_prior(source: str | Path) -> PriorSource:
         return FlowMagnitude()
     if not Path(source).is_dir():
         raise InputError(
-            f"motion prior {str(source)!r}: no such folder; `vsod prior train davis16 DAVIS "
-            f"-o {source} --weights IMAGENET1K_V1` makes it, {FLOW_MAGNITUDE} is a substitute "
-            "without training"
+            f"motion prior {str(source)!r}: no such folder; `vsod prior train` makes one, "
+            f"{FLOW_MAGNITUDE} is a substitute without training"
         )
     folder = Path(source)
     kind = load_config(folder)["model"]

@@ -169,9 +169,7 @@ def check_initial(source: str) -> None:
     how = "train it first, or say where it lies with initial=FOLDER"
     for file in sorted(RECIPES.glob("*.yaml")):
         if read_config(file).out == str(folder.parent):
-            how = (
-                f"`vsod train --config {file.stem}` makes it, or initial=FOLDER says where it lies"
-            )
+            how = f"recipe {file.stem} makes it, or initial=FOLDER says where it lies"
     raise InputError(f"initial: {folder}: no such model of an earlier stage; {how}")
 
 
