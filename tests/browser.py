@@ -43,11 +43,11 @@ def opened(browser, address, **options):
 class Served:
     """`vsod serve` with some arguments, as a process of its own."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, stderr=None):
         command = [sys.executable, "-m", "vsod_models.cli", "serve", "--no-open", *arguments]
         if "--port" not in arguments:
             command += ["--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         line = self.process.stdout.readline()
         assert line, "vsod serve did not start"
         self.address = line.split()[-1]

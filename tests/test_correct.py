@@ -90,13 +90,20 @@ def test_undo_and_redo(made):
     assert labels.undo(labels.version) == {"one/00001"}
     assert labels.undo(labels.version) == {"one/00000"}
     assert np.array_equal(labels.label("one/00000"), whole) and entries(made) == []
+    labels = opened(made)  # and again
     with pytest.raises(InputError, match="nothing to undo"):
         labels.undo(labels.version)
     assert labels.redo(labels.version) == {"one/00000"}
     assert np.array_equal(labels.label("one/00000"), erased)
     labels.edit("two", 0, {"mark": "skip"}, labels.version)
-    with pytest.raises(InputError, match="nothing to do again"):
-        labels.redo(labels.version)
+    for same in (labels, opened(made)):
+        with pytest.raises(InputError, match="nothing to do again"):
+            same.redo(same.version)
+    labels.undo(labels.version)
+    kept = made[0] / "labels.erase.redo.json"
+    for wrong in ("{", "3", '{"version": "' + labels.version + '", "undone": [[{"frame": "x"}]]}'):
+        kept.write_text(wrong)
+        assert opened(made).undone == []
 
 
 def test_carried_on_and_stopped(made):

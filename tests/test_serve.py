@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import signal
 import socket
 import struct
+import subprocess
 import time
 import zipfile
 import zlib
@@ -16,7 +18,10 @@ pytest.importorskip("httpx", reason="the extra `test` is not installed")
 pytest.importorskip("av", reason="the extra `models` is not installed")
 pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 
+import av
 import cv2
+import httpx
+from browser import Served
 from clips import decode, make_video, picture, sound_packets
 from fastapi.testclient import TestClient
 
@@ -325,6 +330,44 @@ def test_nothing_stays():
         client.post("/api/example")
         assert list((folder / "clips").glob("*/source.mp4"))
     assert not folder.exists()
+
+
+def test_what_a_killed_server_left_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def start():
+        server = Served(stderr=subprocess.PIPE)
+        about = httpx.get(server.address + "api/about", timeout=60).json()
+        assert about["models"][0] == "vsod-mobile"
+        return server
+
+    with start() as killed:
+        httpx.post(killed.address + "api/example", timeout=60)
+        killed.process.kill()
+        killed.process.wait()
+    (left,) = tmp_path.iterdir()
+    assert list(left.glob("clips/*/source.mp4"))
+    with start() as server:
+        (own,) = tmp_path.iterdir()
+        assert own != left
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 130
+        assert server.process.stderr.read() == "vsod: stopped: what was not saved is gone\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_videos_are_opened_as_containers_only(client, tmp_path, monkeypatch):
+    film, opened, kinds = make_video(tmp_path / "in.mp4", 3).read_bytes(), av.open, []
+
+    def spied(*arguments, container_options=None, **options):
+        kinds.append((container_options or {}).get("format_whitelist", "any"))
+        return opened(*arguments, container_options=container_options, **options)
+
+    monkeypatch.setattr(av, "open", spied)
+    assert send(client, film).status_code == 200
+    described = b"G\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n"
+    assert send(client, described, "stream.ts").status_code == 400  # SDP: where to listen
+    assert kinds and all("mov" in kind and "sdp" not in kind for kind in kinds)
 
 
 def test_clips_that_nobody_uses_go(client):

@@ -187,9 +187,15 @@ def test_keyboard_alone(page, folder):
     page.keyboard.press("4")
     page.keyboard.press("a")
     page.keyboard.press("Space")  # the cross
-    page.keyboard.press("Space")  # a dab
+    page.keyboard.press("Space")  # a stroke begins there
+    for _ in range(3):
+        page.keyboard.press("Shift+ArrowUp")
+    page.keyboard.press("Space")
     steps(page, folder, 2)
-    assert entries(folder)[1]["add"] and "brush" in entries(folder)[1]
+    x, y = SIZE[1] // 2, SIZE[0] // 2
+    assert entries(folder)[1]["add"]
+    assert entries(folder)[1]["brush"] == [[x, y - 2 * n] for n in range(4)]
+    assert shown(page)[y - 6 : y, x].all()
     page.keyboard.press("z")
     steps(page, folder, 1)
     page.keyboard.press("Enter")
@@ -241,6 +247,9 @@ def test_killed_in_the_middle(browser, folder):  # noqa: F811
             assert np.array_equal(shown(page), remade(*folder)["one/00000"])
             page.click("#undo")  # of the carrying
             steps(page, folder, 1)
+            page.click("#redo")
+            steps(page, folder, len(kept))
+            assert entries(folder) == kept
 
 
 @pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])

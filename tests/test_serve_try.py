@@ -142,6 +142,12 @@ def test_cancel(page, tmp_path):
     page.set_input_files("#file", str(make_video(tmp_path / "long.mp4", 900)))
     page.click("#run:enabled")
     page.wait_for_function("document.getElementById('status').textContent.includes('frames/s')")
+    page.wait_for_selector("[aria-label='long.mp4: the original left, the result right']")
+    picture = page.evaluate("document.getElementById('screen').toDataURL()")
+    page.wait_for_function(
+        "(seen) => document.getElementById('screen').toDataURL() !== seen", arg=picture
+    )  # what is processed is shown while it works
+    assert "frames/s" in page.inner_text("#status") and page.locator("#play:disabled").count()
     page.click("#run")
     waiting = page.locator("#queue li", has_text="long.mp4: waiting")
     waiting.wait_for()

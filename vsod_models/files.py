@@ -130,6 +130,14 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def temporary_folder(name: str) -> Path:
+    """A new folder for what lives as long as its process; what dead ones left of theirs goes."""
+    parent = Path(tempfile.gettempdir())
+    _clear(parent)
+    prefix = temporary_prefix(parent / name)
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=parent))
+
+
 @functools.cache
 def _machine() -> str:
     """Where process numbers mean the same: this machine, or this container of it."""

@@ -74,7 +74,7 @@ add(app, "train", train, "train --config mssa-pretrain out=runs/1 data.roots.coc
 add(app, "eval", evaluate, "eval --pred maps --dataset davis16 --data DAVIS")
 add(app, "predict", predict, "predict clip.mp4 -o cutout.mp4 --as cutout")
 add(app, "example", example, "example clip.mp4")
-add(app, "serve", serve, "serve --model mssa-tiny")
+add(app, "serve", serve, "serve --labels labels --data DAVIS")
 add(data_app, "check", check, "data check davis16 DAVIS --split val")
 add(data_app, "prepare", prepare, "data prepare fbms59 FBMS prepared")
 add(data_app, "synthetic", synthetic, "data synthetic clips --clips 4 --frames 8")

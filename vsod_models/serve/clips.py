@@ -161,8 +161,10 @@ def _picture_size(path: Path) -> tuple[int, int]:
 def _video_size(path: Path) -> tuple[int, int]:
     import av
 
+    from ..media.reading import open_container
+
     try:
-        with av.open(str(path)) as container:
+        with open_container(path) as container:
             sizes = [
                 (s.codec_context.width, s.codec_context.height)
                 for s in container.streams.video

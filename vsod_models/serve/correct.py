@@ -22,7 +22,7 @@ import numpy as np
 
 from ..data.records import Record, Records
 from ..errors import InputError
-from ..files import read_json
+from ..files import read_json, whole_file
 from ..labels.carrying import back_flow, carried, moved
 from ..labels.coarse import MANIFEST
 from ..labels.erasing import (
@@ -99,6 +99,7 @@ class Labels:
         self.by_frame: dict[str, Entries] = {}
         self.version = "new"
         self.undone: list[Entries] = []
+        self.undone_list = erase_list.with_name(f"{erase_list.stem}.redo.json")
         self.carrying: Carrying | None = None
         self.flows: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self.labels: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
@@ -117,8 +118,8 @@ class Labels:
         for entry in entries:
             if entry["frame"] not in self.of:
                 raise InputError(f"{self.list}: no frame {entry['frame']} in {self.folder}")
-        self.undone, self.carrying = [], None
         self._take(entries, version)
+        self.undone, self.carrying = self._read_undone(), None
 
     def _take(self, entries: Entries, version: str) -> None:
         self.entries, self.version, self.by_frame = entries, version, {}
@@ -128,6 +129,27 @@ class Labels:
     def _write(self, entries: Entries) -> None:
         data = write_entries(self.list, entries)
         self._take(entries, _version(data))
+
+    def _read_undone(self) -> list[Entries]:
+        """What was undone before the server ended, as long as the list is still the same."""
+        try:
+            kept = json.loads(self.undone_list.read_bytes())
+            undone = [as_entries(step, str(self.undone_list)) for step in kept["undone"]]
+            if kept["version"] == self.version and all(
+                entry["frame"] in self.of for step in undone for entry in step
+            ):
+                return undone
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError):
+            pass  # there is nothing to do again, then
+        return []
+
+    def _keep_undone(self, undone: list[Entries]) -> None:
+        self.undone = undone
+        if undone:
+            with whole_file(self.undone_list) as part:
+                part.write_text(json.dumps({"version": self.version, "undone": undone}))
+        else:
+            self.undone_list.unlink(missing_ok=True)
 
     def _check(self, version: str) -> None:
         data = self.list.read_bytes() if self.list.exists() else b""
@@ -243,7 +265,8 @@ class Labels:
             if "mark" not in entry:
                 correct(self.label(name).copy(), self.base(name), entry)
             self._write([*self.entries, {**entry, "step": self._next_step()}])
-            self.undone, self.carrying = [], None
+            self._keep_undone([])
+            self.carrying = None
         return {name}
 
     def _next_step(self) -> int:
@@ -265,7 +288,7 @@ class Labels:
             at = self._last_step()
             gone = self.entries[at:]
             self._write(self.entries[:at])
-            self.undone.append(gone)
+            self._keep_undone([*self.undone, gone])
             self.carrying = None
         return _names(gone)
 
@@ -276,7 +299,7 @@ class Labels:
                 raise InputError("there is nothing to do again")
             again = self.undone[-1]
             self._write([*self.entries, *again])
-            self.undone.pop()
+            self._keep_undone(self.undone[:-1])
             self.carrying = None
         return _names(again)
 
@@ -292,7 +315,7 @@ class Labels:
             going = self.carrying
             if going is None or (going.origin.rpartition("/")[0], going.index) != (sequence, index):
                 going = Carrying(self._next_step(), index, self._last_erased(name), name)
-                self.undone = []
+                self._keep_undone([])
             frames = self.sequences[sequence]
             if index + 1 >= len(frames):
                 self.carrying = None
@@ -357,7 +380,8 @@ class Labels:
                 (gone if stops and entry.get("step") in steps else kept).append(entry)
             changed = _names(gone)
             self._write(self._without_idle(kept, changed))
-            self.undone, self.carrying = [], None
+            self._keep_undone([])
+            self.carrying = None
         return changed
 
     def _without_idle(self, entries: Entries, names: Iterable[str]) -> Entries:

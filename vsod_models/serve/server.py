@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +22,8 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 
-from ..errors import InputError, describe
+from ..errors import InputError, Stopped, describe
+from ..files import temporary_folder
 from .clips import Clips
 from .correct_api import correct_routes
 from .guard import Guard, is_loopback
@@ -69,7 +71,7 @@ class Settings:
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; its folder lives as long as it runs."""
-    folder = Path(tempfile.mkdtemp(prefix="vsod-serve-"))
+    folder = temporary_folder("vsod-serve")
     clips = Clips(folder / "clips")
     jobs = Jobs(folder / "jobs", settings.device)
 
@@ -109,6 +111,8 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:
+        if settings.labels is None:
+            warm_soon()  # the page is there, and looked at
         return {
             "models": [Path(model).name for model in settings.models],
             "views": VIEWS,
@@ -238,8 +242,14 @@ async def _json(request: Request) -> dict[str, Any]:
     return asked
 
 
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it cuts off who is served
+        await super().shutdown(sockets)
+
+
 def serve(settings: Settings, *, open_browser: bool = True) -> None:
-    """Runs until Ctrl-C or SIGTERM; what was uploaded is gone then.
+    """Runs until Ctrl-C or SIGTERM, and then raises Stopped; what was uploaded is gone then.
 
     Raises InputError where the address cannot be had, or the labels cannot be read.
     """
@@ -248,6 +258,7 @@ def serve(settings: Settings, *, open_browser: bool = True) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
+        listening.listen()  # who comes now waits for the rest
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"host {settings.host}, port {settings.port}: {reason.lower()}") from None
@@ -255,33 +266,32 @@ def serve(settings: Settings, *, open_browser: bool = True) -> None:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     shown = f"[{shown}]" if ":" in shown and "[" not in shown else shown
     address = f"http://{shown}:{port}/" + (f"?token={settings.token}" if settings.token else "")
+    settings.ready(address)
+    if open_browser and _has_screen():
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     app = create_app(settings)
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=2, server_header=False
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
 
-    def started() -> None:
-        settings.ready(address)
-        if open_browser and _has_screen():
-            webbrowser.open(address)
-        if settings.labels is None:
-            warm()
-            return
+    failed: list[Exception] = []
+
+    def read_labels() -> None:
         try:
             app.state.labels()
         except (InputError, OSError) as error:
             failed.append(error)
             server.should_exit = True
-            return
-        warm()
 
-    failed: list[Exception] = []
-    timer = threading.Timer(0.3, started)
-    timer.daemon = True
-    timer.start()
+    if settings.labels is not None:
+        _later(0.3, read_labels)  # after the page
+    kept = "the list of corrections is whole" if settings.labels else "what was not saved is gone"
     with listening:
-        server.run(sockets=[listening])
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:
+            raise Stopped(f"stopped: {kept}") from None
     if failed:
         raise failed[0]
 
@@ -292,7 +302,18 @@ def _has_screen() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def warm() -> None:
+@functools.cache
+def warm_soon() -> None:
     """Loads what the first clip needs, while the page is looked at."""
-    with contextlib.suppress(ImportError):
-        from .. import prediction, zoo  # noqa: F401
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):
+            from .. import prediction, zoo  # noqa: F401
+
+    _later(0.2, load)
+
+
+def _later(seconds: float, what: Callable[[], object]) -> None:
+    timer = threading.Timer(seconds, what)
+    timer.daemon = True
+    timer.start()

@@ -256,7 +256,8 @@ function listen() {
   easel.addEventListener("pointerup", () => { if (state.path && !state.cross) useDrawn(); });
   easel.addEventListener("pointercancel", () => { state.path = null; paint(); });
   document.addEventListener("keydown", (event) => {
-    if (byId("correct").hidden || event.target.closest("input")) return;
+    if (byId("correct").hidden) return;
+    if (event.target.closest("input") && /^(Arrow|Home|End|Page)/.test(event.key)) return; // a slider's own
     if (event.target.closest("button, summary, a") && [" ", "Enter"].includes(event.key)) return;
     if (keyed(event)) event.preventDefault();
   });
@@ -311,6 +312,7 @@ function moveCross([dx, dy], by) {
   state.cross = [Math.max(0, Math.min(marks.width - 1, from[0] + dx * by)), Math.max(0, Math.min(marks.height - 1, from[1] + dy * by))];
   if (state.tool === "point") state.lit = state.regions?.at(...state.cross) ?? 0;
   if (state.path && state.tool === "box") state.path[1] = state.cross;
+  if (state.path && state.tool === "brush" && by) state.path.push(state.cross);
   paint();
   byId("spoken").textContent = `${state.cross.join(", ")}${state.lit ? `, ${described(state.lit)}` : ""}`;
 }
@@ -336,10 +338,9 @@ function nextRegion(way) {
 function useCross() {
   if (!state.cross) { moveCross([0, 0], 0); return; }
   if (state.tool === "point") usePoint(state.cross);
-  else if (state.tool === "brush") { state.path = [state.cross]; useDrawn(); }
   else if (state.tool === "polygon") { (state.path ??= []).push(state.cross); paint(); }
   else if (state.path) useDrawn();
-  else { state.path = [state.cross, state.cross]; paint(); }
+  else { state.path = state.tool === "box" ? [state.cross, state.cross] : [state.cross]; paint(); }
 }
 
 function usePoint([x, y]) {

@@ -104,7 +104,7 @@ function take(said) {
   byId("progress").value = 0;
   busy("");
   byId("status").textContent = "Ready.";
-  byId("runs-on").textContent = "";
+  byId("runs-on").textContent = byId("notes").textContent = "";
   const [png] = downloads().slice(-1);
   png.textContent = clip.picture ? "PNG" : "PNG (zip)";
   viewer.picture(`/api/clips/${clip.id}/first.jpg`, false, clip);
@@ -137,7 +137,7 @@ async function poll() {
   } catch { /* the header says it */ }
   const active = jobs.some((one) => one.state === "running" || one.state === "waiting");
   clearTimeout(timer);
-  timer = setTimeout(poll, active ? 250 : 2000);
+  timer = setTimeout(poll, active ? 100 : 2000);
 }
 
 function show() {
@@ -177,6 +177,7 @@ function show() {
       link.href = `/api/jobs/${one.id}/file`;
       link.download = "";
       link.click();
+      byId("notes").textContent = one.notes.join(" ");
     }
   }
   drawDownloads();
