@@ -15,6 +15,7 @@ COMMANDS = {
     "msst": "MSST-ConvLSTM from frames to refined masks: time by stage, and of streaming",
     "mssa": "MSSA: time and multiply-adds by stage, and against materialised attention scores",
     "correct": "coarse labels cleaned on the page of vsod serve: what is left, what it takes",
+    "serve": "how soon the pages of vsod serve answer",
     "predict": "frames a second of `vsod predict`, and where a frame's time goes",
     "report": "rewrite the result tables of README.md and docs/ from benchmarks/results/",
 }

@@ -177,12 +177,25 @@ def best_box(worth: np.ndarray) -> tuple[int, tuple[int, int, int, int]]:
 
 
 @contextlib.contextmanager
-def served(labels: Path, data: str, erase: Path) -> Iterator[str]:
-    command = [
-        sys.executable, "-m", "vsod_models.cli", "serve", "--no-open", "--port", "0", "--labels",
-        str(labels), "--data", data, "--erase", str(erase),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def browsing(path: str) -> Iterator[Any]:
+    """A browser of Playwright's; BadInput where there is none."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        raise BadInput("playwright is missing: pip install -e '.[test,models,serve]'") from None
+    if not Path(path).exists():
+        raise BadInput(f"--browser {path}: no such file")
+    with sync_playwright() as session:
+        browser = session.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """`vsod serve` with these arguments; gives its address."""
+    command = [sys.executable, "-m", "vsod_models.cli", "serve", "--no-open", "--port", "0"]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield process.stdout.readline().split()[-1]
@@ -204,7 +217,8 @@ def clean(
 ) -> dict[str, Any]:
     """One pass over the frames; gives what it cost and what it left."""
     erase = labels.with_name(f"erase-{tools}.json")
-    with served(labels, args.data, erase) as address:
+    given = ["--labels", str(labels), "--data", args.data, "--erase", str(erase)]
+    with served(*given) as address:
         context = browser.new_context(
             viewport={"width": 1280, "height": 800}, bypass_csp=True, base_url=address
         )
@@ -237,12 +251,6 @@ def clean(
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        raise BadInput("playwright is missing: pip install -e '.[test,models,serve]'") from None
-    if not Path(args.browser).exists():
-        raise BadInput(f"--browser {args.browser}: no such file")
     import cv2
 
     from vsod_models.data import open_dataset
@@ -257,7 +265,7 @@ def run(args: argparse.Namespace) -> int:
         assert mask is not None
         truths.append(mask.astype(bool))
     document = measure.record("correct", torch.device("cpu"), vars(args) | {"data": "DAVIS-2016"})
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as session:
+    with tempfile.TemporaryDirectory() as folder, browsing(args.browser) as browser:
         labels = Path(folder) / "labels"
         make_labels(records, labels)
         coarse = [
@@ -265,7 +273,6 @@ def run(args: argparse.Namespace) -> int:
             for r in records
         ]
         document["before"] = measures(coarse, truths)
-        browser = session.chromium.launch(executable_path=args.browser, args=ARGUMENTS)
         for name, tools in (("clicks alone", False), ("clicks, boxes, carried on", True)):
             cleaned = clean(browser, labels, args, truths, tools)
             document[name] = cleaned["result"]
@@ -280,7 +287,6 @@ def run(args: argparse.Namespace) -> int:
                     continue  # all of it was erased
                 if made is None or not np.array_equal(made > 127, shown):
                     raise BadInput(f"{record.name}: the command makes another label than the page")
-        browser.close()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"correct-{args.sequence}.json").write_text(json.dumps(document, indent=1) + "\n")
