@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import shutil
@@ -74,18 +73,23 @@ def create_app(settings: Settings) -> FastAPI:
     folder = temporary_folder("vsod-serve")
     clips = Clips(folder / "clips")
     jobs = Jobs(folder / "jobs", settings.device)
+    loading: list[threading.Timer] = []
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             yield
         finally:
+            for timer in loading:  # Python cannot end in the middle of an import
+                timer.cancel()
+                timer.join()
             jobs.close()
             shutil.rmtree(folder, ignore_errors=True)
 
     # No pages of the documentation: they load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.folder, app.state.jobs, app.state.clips = folder, jobs, clips
+    app.state.loading = loading
     app.add_middleware(
         Guard, host=settings.host, token=settings.token, limit=round(settings.max_mb * 2**20)
     )
@@ -111,8 +115,8 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:
-        if settings.labels is None:
-            warm_soon()  # the page is there, and looked at
+        if settings.labels is None and not loading:
+            loading.append(later(0.2, warm))  # the page is there, and looked at
         return {
             "models": [Path(model).name for model in settings.models],
             "views": VIEWS,
@@ -285,7 +289,7 @@ def serve(settings: Settings, *, open_browser: bool = True) -> None:
             server.should_exit = True
 
     if settings.labels is not None:
-        _later(0.3, read_labels)  # after the page
+        app.state.loading.append(later(0.3, read_labels))  # after the page
     kept = "the list of corrections is whole" if settings.labels else "what was not saved is gone"
     with listening:
         try:
@@ -302,18 +306,14 @@ def _has_screen() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-@functools.cache
-def warm_soon() -> None:
+def warm() -> None:
     """Loads what the first clip needs, while the page is looked at."""
-
-    def load() -> None:
-        with contextlib.suppress(ImportError):
-            from .. import prediction, zoo  # noqa: F401
-
-    _later(0.2, load)
+    with contextlib.suppress(ImportError):
+        from .. import prediction, zoo  # noqa: F401
 
 
-def _later(seconds: float, what: Callable[[], object]) -> None:
+def later(seconds: float, what: Callable[[], object]) -> threading.Timer:
     timer = threading.Timer(seconds, what)
     timer.daemon = True
     timer.start()
+    return timer
