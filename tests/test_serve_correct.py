@@ -10,8 +10,12 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("skimage", reason="the extra `models` is not installed")
 pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 
+import cv2
 from browser import Served, assert_fits_and_has_names, browser, opened  # noqa: F401
 from checks_labels import RIGHT, SIZE, SMALL, WRONG, block, labelled_clips, remade
+from clips import picture
+
+from vsod_models.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +69,18 @@ def steps(page, folder, count):
     page.wait_for_selector(f'#easel[data-shown="{sequence}/{index}/{key}"]')
 
 
-def screen(page, x, y):
+def command(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 0
+
+
+def screen(page, x, y, size=SIZE):
     """Of a pixel of the frame."""
     box = page.locator("#label").bounding_box()
-    scale = min(box["width"] / SIZE[1], box["height"] / SIZE[0])
-    left = box["x"] + (box["width"] - scale * SIZE[1]) / 2
-    top = box["y"] + (box["height"] - scale * SIZE[0]) / 2
+    scale = min(box["width"] / size[1], box["height"] / size[0])
+    left = box["x"] + (box["width"] - scale * size[1]) / 2
+    top = box["y"] + (box["height"] - scale * size[0]) / 2
     return left + (x + 0.5) * scale, top + (y + 0.5) * scale
 
 
@@ -205,6 +215,47 @@ def test_keyboard_alone(page, folder):
     page.keyboard.press("ArrowLeft")
     at(page, "one", 1)
     assert page.inner_text("#stamp") == "Skipped"
+
+
+def test_own_clips_corrected_and_learnt_from(browser, tmp_path):  # noqa: F811
+    """Masks of a model, ten frames corrected, fine-tuned on them, predicted again."""
+    clips, labels = tmp_path / "clips", tmp_path / "labels"
+    (clips / "cat" / "masks").mkdir(parents=True)  # nobody drew any
+    (clips / "cat" / "images").mkdir()
+    for t in range(12):
+        cv2.imwrite(str(clips / "cat" / "images" / f"{t:05d}.png"), picture(t, (96, 64)))
+    own = ["--data", str(clips), "--split", "train", "--size", "96x64"]
+    coarse = ["label", "coarse", "repack", str(clips), "--maps", str(tmp_path / "maps")]
+    command("predict", "--dataset", "repack", *own, "-o", str(tmp_path / "maps"))
+    command(*coarse, "-o", str(labels))
+    with (
+        Served("--labels", str(labels), "--data", str(clips)) as server,
+        opened(browser, server.address) as page,
+    ):
+        for t in range(10):
+            at(page, "cat", t)
+            page.keyboard.press("4")
+            page.keyboard.press("a" if t == 0 else "4")
+            page.mouse.click(*screen(page, 10 + t, 50, (64, 96)))
+            page.locator("#said", has_text="Added.").wait_for()
+            page.keyboard.press("Enter")
+        at(page, "cat", 10)
+        assert "10 of 12 frames looked over" in page.inner_text("#looked")
+    mine = tmp_path / "mine"
+    listed = str(tmp_path / "labels.erase.json")
+    command(*coarse, "-o", str(mine), "--erase", listed, "--only-looked-over")
+    assert [path.stem for path in sorted(mine.rglob("*.png"))] == [f"{t:05d}" for t in range(10)]
+    assert cv2.imread(str(mine / "cat" / "00003.png"), 0)[50, 13] == 255
+    out = tmp_path / "run"
+    command(
+        "train", "--config", "yours", f"data.roots.repack={clips}", f"data.train.0.labels={mine}",
+        f"out={out}", "iterations=2", "checkpoint_every=2", "optimizer.warm_up=0",
+        "optimizer.decay=1", "data.workers=0",
+        "data.shapes=[{size: [32, 64], clip_length: 3, clips: 1}]",
+    )  # fmt: skip
+    again = tmp_path / "again"
+    command("predict", "--dataset", "repack", *own, "-o", str(again), "--model", str(out / "model"))
+    assert len(list(again.rglob("*.png"))) == 12
 
 
 def test_two_tabs(page, browser, served, folder):  # noqa: F811
