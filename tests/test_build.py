@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from unittest import mock
 
@@ -176,16 +177,29 @@ def test_cuda_module_loads_without_a_gpu():
         assert module.probe(0) == ""
 
 
+def tracked(*folders):
+    """The files of a checkout that a package has; a shell script of the recipes is not one."""
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a checkout")
+    return set(listed.stdout.split()) - {"vsod_models/recipes/small.sh"}
+
+
+def test_an_sdist_has_what_the_build_reads(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        there = {name.partition("/")[2] for name in files.getnames()}
+    needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert needed | tracked("csrc", "vsod_ops", "vsod_models") <= there
+
+
 def test_a_wheel_has_what_the_models_read(tmp_path):
     """Recipes, weights and pages lie in the package, and so does all of its code."""
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")]
     egg = ["egg_info", "--egg-base", str(tmp_path)]
     subprocess.run([*command[:3], *egg, *command[3:]], cwd=ROOT, check=True, capture_output=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "vsod_models"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode != 0:
-        pytest.skip("not a checkout")
-    for name in listed.stdout.split():
-        if name != "vsod_models/recipes/small.sh":
-            assert (tmp_path / "built" / name).is_file(), name
+    for name in tracked("vsod_models"):
+        assert (tmp_path / "built" / name).is_file(), name

@@ -22,6 +22,7 @@ from . import start
 from .data import check, prepare, synthetic
 from .evaluate import evaluate
 from .example import example
+from .export import export
 from .label import coarse
 from .predict import predict
 from .prior import make
@@ -73,6 +74,7 @@ def add(group: typer.Typer, name: str, command: Callable[..., Any], example: str
 add(app, "train", train, "train --config mssa-pretrain out=runs/1 data.roots.coco=COCO")
 add(app, "eval", evaluate, "eval --pred maps --dataset davis16 --data DAVIS")
 add(app, "predict", predict, "predict clip.mp4 -o cutout.mp4 --as cutout")
+add(app, "export", export, "export vsod-mobile -o model.onnx")
 add(app, "example", example, "example clip.mp4")
 add(app, "serve", serve, "serve --labels labels --data DAVIS")
 add(data_app, "check", check, "data check davis16 DAVIS --split val")

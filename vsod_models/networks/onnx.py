@@ -29,7 +29,9 @@ METADATA = {
     "outputs": "all or last: which frames of a window get a mask",
     "values": "logits or probabilities: what the network gives",
     "needs_prior": "true or false: a motion prior is the second input",
+    "needs_motion": "true or false: the motion of each frame is the second input",
     "class": "of the model that was exported",
+    "version": "of what these words mean: 1",
     "terms": "what the weights may be used for",
 }
 
@@ -44,7 +46,9 @@ def metadata_of(model: SaliencyModel, **others: str) -> dict[str, str]:
         "outputs": model.outputs,
         "values": "logits",
         "needs_prior": str(bool(model.needs_prior)).lower(),
+        "needs_motion": str(bool(model.needs_motion)).lower(),
         "class": type(model).__name__,
+        "version": "1",
     }
     if model.side_multiple is not None:
         known["side_multiple"] = str(model.side_multiple)
@@ -100,6 +104,11 @@ class OnnxModel(SaliencyModel):
         self.register_buffer("digest", torch.from_numpy(digest.copy()))
 
     def _read(self, said: Mapping[str, str]) -> None:
+        if said.get("version", "1") != "1":
+            raise InputError(
+                f"model {self.source}: an exported file of version {said['version']}; this vsod "
+                "reads version 1, so export it again"
+            )
         inputs = self.session.get_inputs()
         shape = inputs[0].shape
         windows = len(shape) == 5
@@ -137,7 +146,8 @@ class OnnxModel(SaliencyModel):
         self.outputs = self._one_of(said, "outputs", "all", "last")
         self.values = self._one_of(said, "values", "logits", "probabilities")
         self.needs_prior = self._one_of(said, "needs_prior", "false", "true") == "true"
-        if len(inputs) != 1 + self.needs_prior:
+        self.needs_motion = self._one_of(said, "needs_motion", "false", "true") == "true"
+        if len(inputs) != 1 + self.needs_prior + self.needs_motion:
             names = ", ".join(i.name for i in inputs)
             raise InputError(f"model {self.source}: has the inputs {names}; frames alone are given")
         self.terms = said.get("terms", "")

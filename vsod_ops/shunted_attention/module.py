@@ -28,7 +28,10 @@ class SpatialReduction(nn.Conv3d):
         rt, rh, rw = self.stride
         if self.pad_to_ceil:
             for axis, r in zip((1, 2, 3), self.stride, strict=True):
-                if missing := -x.shape[axis] % r:
+                if torch.compiler.is_exporting():  # a branch would hold for this size alone
+                    whole = torch.arange((x.shape[axis] + r - 1) // r * r, device=x.device)
+                    x = x.index_select(axis, whole.clamp(max=x.shape[axis] - 1))
+                elif missing := -x.shape[axis] % r:
                     last = x.narrow(axis, x.shape[axis] - 1, 1)
                     x = torch.cat([x] + [last] * missing, axis)
         else:

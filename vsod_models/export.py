@@ -1,0 +1,240 @@
+"""Models as ONNX files, which run without this package and without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vsod_ops
+from vsod_ops.conv_lstm import reference
+
+from .errors import InputError, one_line
+from .files import whole_file
+from .networks.contract import MOTION_CHANNELS, MOTION_STRIDE, SaliencyModel
+from .networks.inference import for_inference
+from .networks.onnx import metadata_of
+
+OPSET = 23  # the first with Attention
+
+
+class Window(nn.Module):
+    """A model as one function of a window: what is exported."""
+
+    model: SaliencyModel
+
+    def __init__(self, model: SaliencyModel):
+        super().__init__()
+        self.model = for_inference(model, fold=not model.source)
+
+    def forward(self, frames: Tensor, *beside: Tensor) -> Tensor:
+        return self.model.decode(self.model.encode(frames, *beside), frames.shape[-2:])
+
+
+def export_onnx(
+    model: SaliencyModel, output: str | Path, *, name: str | None = None, overwrite: bool = False
+) -> dict[str, tuple[str | int, ...]]:
+    """Writes a model as one ONNX file, which says of itself what prediction needs to know.
+
+    Inputs: `frames` (B, T, 3, H, W) RGB in [0, 1] float32 and, for a model that needs it, `prior`
+    (B, T, 1, H, W) in [0, 1] or `motion` (B, T, 4, H / 4, W / 4).  Output: `logits`
+    (B, T, 1, H, W), or (B, 1, H, W) for a model of the last frame.  B, H and W are free as far as
+    the network takes any; T is free unless a ConvLSTM runs over it or only the last frame gets a
+    mask, when it is `clip_length`.
+
+    Args:
+        name: of the model, for errors.
+        overwrite: replace what lies at `output`.
+
+    Returns:
+        The shape of each input; a free size is the name of its axis.
+
+    Raises:
+        InputError: `output` exists or is no .onnx name, a library is missing, a layer cannot be
+            exported, which is named, or onnxruntime gives other numbers than the model.
+    """
+    output = Path(output)
+    if output.suffix != ".onnx":
+        raise InputError(f"{output}: the name of an exported file has to end in .onnx")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: exists already; give another name or overwrite=True")
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript
+    except ImportError as error:
+        raise InputError(f"export needs {error.name}: pip install -e '.[models,onnx]'") from None
+    name = name or type(model).__name__
+    window = Window(model)
+    program = _traced(window, name)
+    # The plain loop over T; without gradients nothing else is asked of the op.
+    program = program.run_decompositions(
+        {torch.ops.vsod_ops.conv_lstm.default: lambda *inputs: reference.forward(*inputs[:-1])}
+    )
+    _check_unused_lse(program, name)
+    try:
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["frames"]
+            + ["prior"] * model.needs_prior
+            + ["motion"] * model.needs_motion,
+            output_names=["logits"],
+            custom_translation_table={
+                torch.ops.vsod_ops.shunted_attention.default: _attention(onnxscript.opset23)
+            },
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(
+            f"model {name} cannot be exported to ONNX: {_untranslated(program, error)}"
+        ) from None
+    assert made is not None
+    made.model.metadata_props.update(metadata_of(model))
+    with whole_file(output) as part:
+        made.save(part, external_data=False)
+        _check(part, window, name)
+    axes = ("batch", "time", "channels", "height", "width")
+    return {
+        str(value.name): tuple(
+            n if isinstance(n, int) else axis
+            for n, axis in zip(value.shape or (), axes, strict=True)
+        )
+        for value in made.model.graph.inputs
+    }
+
+
+def _fixed_length(model: SaliencyModel) -> bool:
+    loops = any(isinstance(module, vsod_ops.ConvLSTM) for module in model.modules())
+    return model.outputs == "last" or loops
+
+
+def _inputs(model: SaliencyModel, batch: int, length: int, size: Sequence[int]) -> list[Tensor]:
+    inputs = [torch.rand(batch, length, 3, *size)]
+    if model.needs_prior:
+        inputs.append(torch.rand(batch, length, 1, *size))
+    if model.needs_motion:
+        maps = [-(-n // MOTION_STRIDE) for n in size]
+        inputs.append(torch.rand(batch, length, MOTION_CHANNELS, *maps))
+    return inputs
+
+
+def _traced(window: Window, name: str) -> torch.export.ExportedProgram:
+    # Twice the size and length: an axis that has become 1 on the way would be a constant.  A
+    # network of one size fails there, and is traced at that one.
+    with contextlib.suppress(InputError):
+        return _traced_at(window, name, 2, (3, 4))
+    return _traced_at(window, name, 1, ())
+
+
+def _traced_at(
+    window: Window, name: str, scale: int, free: Sequence[int]
+) -> torch.export.ExportedProgram:
+    model = window.model
+    length, free = model.clip_length, (0, *free)
+    if not _fixed_length(model):
+        length, free = max(4, 2 * length), (1, *free)
+    frames, *beside = _inputs(model, 2, length, [scale * side for side in model.image_size])
+    axes = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+    shapes = {"frames": axes} | ({"beside": (axes,)} if beside else {})
+    with torch.no_grad(), _running(model) as running:
+        try:
+            return torch.export.export(window, (frames, *beside), dynamic_shapes=shapes)
+        except Exception as error:  # of any layer
+            layer = running[-1] if running and running[-1] else type(model).__name__
+            raise InputError(
+                f"model {name} cannot be exported: layer {layer}: {one_line(error)}"
+            ) from error
+
+
+def _check(file: Path, window: Window, name: str) -> None:
+    """InputError where the file gives other numbers than the model, at another size than traced."""
+    import onnxruntime
+
+    model = window.model
+    inputs = _inputs(model, 1, model.clip_length, model.image_size)
+    with torch.no_grad():
+        expected = window(*inputs)
+    try:
+        session = onnxruntime.InferenceSession(str(file))
+        names = [value.name for value in session.get_inputs()]
+        feed = {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
+        got = torch.from_numpy(session.run(None, feed)[0])
+    except Exception as error:  # onnxruntime raises kinds of its own
+        raise InputError(
+            f"model {name} cannot be exported: onnxruntime: {one_line(error)}"
+        ) from error
+    if got.shape != expected.shape or not torch.allclose(
+        got, expected, rtol=0, atol=1e-3 * max(1.0, expected.abs().max().item())
+    ):
+        raise InputError(
+            f"model {name} cannot be exported: in onnxruntime it gives other numbers "
+            f"({tuple(got.shape)}, for {tuple(expected.shape)} of torch)"
+        )
+
+
+@contextlib.contextmanager
+def _running(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the layers that run, the innermost last; an error leaves them there."""
+    running: list[str] = []
+    hooks: list[Any] = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: running.__delitem__(-1)))
+    try:
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention(opset: Any) -> Any:
+    """`shunted_attention` as ONNX: an Attention node for each group of heads."""
+
+    def translated(
+        q: Any, keys: Sequence[Any], values: Sequence[Any], scale: float, backend: str | None = None
+    ) -> Any:
+        outs, first = [], 0
+        for k, v in zip(keys, values, strict=True):
+            own = opset.Slice(q, [first], [first + k.shape[1]], [1])
+            outs.append(opset.Attention(own, k, v, scale=scale)[0])
+            first += k.shape[1]
+        return opset.Concat(*outs, axis=1), opset.Identity(
+            q
+        )  # in place of lse: see _check_unused_lse
+
+    return translated
+
+
+def _untranslated(program: torch.export.ExportedProgram, error: Exception) -> str:
+    """Which layer has no translation, and why, of an error of torch.onnx."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if found := re.search(r"translating node %(\w+)", str(error)):
+        for node in program.graph.nodes:  # torch.onnx may have dropped its namespace
+            if f"_{node.name}".endswith(f"_{found[1]}"):
+                return f"layer {_layer(node)}: {one_line(cause)}"
+    return one_line(cause)
+
+
+def _check_unused_lse(program: torch.export.ExportedProgram, name: str) -> None:
+    for node in program.graph.nodes:
+        if node.target is torch.ops.vsod_ops.shunted_attention.default and any(
+            user.args[1] == 1 and user.users for user in node.users
+        ):
+            raise InputError(
+                f"model {name} cannot be exported to ONNX: layer {_layer(node)}: the "
+                "log-sum-exp of shunted_attention has no translation"
+            )
+
+
+def _layer(node: torch.fx.Node) -> str:
+    """The name of the layer that a node comes from."""
+    stack = node.meta.get("nn_module_stack") or {"": ("model.", "")}
+    return list(stack.values())[-1][0].removeprefix("model.")
