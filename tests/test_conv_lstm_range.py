@@ -70,6 +70,28 @@ def test_infinities_and_nan_give_what_the_definition_gives(shape, dtype, values)
     assert seen_nan or len(values) == 1
 
 
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps_kept", [False, True])
+def test_infinite_gradients_are_those_of_the_definition(shape, dtype, steps_kept):
+    """What a loss scale that is too large sends back, in one place of a map."""
+    infinite = 0
+    for seed in range(4):
+        inputs = lstm_inputs(*shape, dtype, peephole="channel", seed=seed)
+        grad_out = torch.randn(*shape[:2], shape[3], *shape[4:]).to(dtype)
+        value = (math.inf, -math.inf, -1e37, 3e20)[seed]
+        grad_out.view(-1)[(7919 * seed + 3) % grad_out.numel()] = value
+        grads = grad_out, torch.zeros(shape[0], shape[3], *shape[4:])
+        oracle = lstm_results(eager_conv_lstm, moved(inputs, torch.float64), grads)
+        actual = lstm_results(through_conv_lstm("cpu", recompute=not steps_kept), inputs, grads)
+        for name, expected in oracle.items():
+            assert torch.equal(actual[name].isfinite(), expected.to(dtype).isfinite()), name
+            assert torch.equal(actual[name].isnan(), expected.isnan()), name
+            infinite += expected.isinf().sum()
+    assert infinite > 0
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_taps_beyond_the_image_are_zeros_however_far(backend):
     x, weight = torch.randn(1, 2, 2, 4, 5), torch.randn(8, 2, 3, 3)

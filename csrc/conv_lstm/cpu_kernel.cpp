@@ -518,7 +518,8 @@ struct Common {
   }
 
   // x_t and h_{t-1}, packed; returns how many planes.  `plain` is room for one plane.
-  // Sets `unfit` where x or the first h has numbers that do not fit Winograd's form.
+  // Sets `unfit` where x or the first h has numbers that do not fit Winograd's form, as the
+  // backward does where a gate's gradient has.
   int64_t pack_inputs(const Layout<S>& layout, const Tile& tile, int64_t t, int64_t plane, S* plain,
                       S* dst) const {
     const N* x = static_cast<const N*>(p.x.data) + tile.b * p.x.b + t * p.x.t;
@@ -996,6 +997,7 @@ struct Backward : Common<S, N> {
       grad_row = static_cast<const N*>(grad.data) + b * grad.b + t * grad.t + m * grad.c +
                  y * grad.y + x * grad.x;
     int64_t pixel = y * p.width + x, count = wide.x + wide.columns - x;
+    auto beyond = Vec<S>{} > kMostSummed<S>;
     for (int64_t v = 0; v < vectors; ++v, pixel += kN, x += kN, count -= kN, to += kN) {
       const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
       const Vec<S> new_c = load_first<S>(after + pixel, count);
@@ -1055,7 +1057,14 @@ struct Backward : Common<S, N> {
       store(to + per_gate, df);
       store(to + 2 * per_gate, dg);
       store(to + 3 * per_gate, d_o);
+      if (layout.paired) {
+        const Vec<S> gradients[4] = {di, df, dg, d_o};
+        for (const Vec<S>& d : gradients) beyond |= (d > kMostSummed<S>) | (d < -kMostSummed<S>);
+      }
     }
+    bool any_beyond = false;
+    for (int i = 0; i < kN; ++i) any_beyond |= beyond[i] != 0;
+    if (any_beyond) __atomic_store_n(&this->unfit, true, __ATOMIC_RELAXED);
   }
 
   void add_peephole(int64_t m, int64_t pixel, int64_t count, Vec<S> di, Vec<S> df, Vec<S> d_o,
