@@ -31,6 +31,7 @@ from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.media.views import TINT, VIEWS  # noqa: E402
+from vsod_models.networks.contract import SaliencyModel  # noqa: E402
 from vsod_models.networks.inference import for_inference  # noqa: E402
 from vsod_models.networks.mssa import MSSA  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
@@ -45,7 +46,7 @@ from vsod_models.prior.flow import FlowMagnitude, frame_prior  # noqa: E402
 SIZE = (12, 16)
 
 
-class Windowed(nn.Module):
+class Windowed(SaliencyModel):
     """Bright is salient, less so the farther the frame is from the mean of its window."""
 
     clip_length, image_size, outputs, needs_prior = 5, SIZE, "all", False
@@ -341,7 +342,7 @@ def vsod(monkeypatch, capsys):
     """Runs the command with a stub for every model: (exit code, stdout, stderr)."""
 
     def run(*arguments, model=None):
-        monkeypatch.setattr(zoo, "load_model", lambda name: model or Windowed())
+        monkeypatch.setattr(zoo, "load_model", lambda name, **_: model or Windowed())
         with pytest.raises(SystemExit) as exit:
             cli.main(["predict", *map(str, arguments)])
         return exit.value.code, *capsys.readouterr()

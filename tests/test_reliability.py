@@ -31,6 +31,7 @@ from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media import sound  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.media.writing import open_writer  # noqa: E402
+from vsod_models.networks.contract import SaliencyModel  # noqa: E402
 from vsod_models.prediction import VideoPredictor  # noqa: E402
 
 
@@ -381,7 +382,7 @@ def test_maps_that_something_else_made_are_not_taken_for_new_ones(tmp_path, caps
     assert code == 0 and "Made by" not in said
 
 
-class Broken(torch.nn.Module):
+class Broken(SaliencyModel):
     """Gives NaN from frame 1 on."""
 
     clip_length, image_size, outputs, needs_prior = 1, (8, 8), "all", False

@@ -118,7 +118,7 @@ def decode_rle(segmentation: dict[str, Any], height: int, width: int) -> np.ndar
 
     Lengths are a list, or COCO's text: six bits a character from "0" on, five of them digits, the
     lowest first, the sixth "more follows"; from the fourth length on, differences to the last but
-    one.  `pycocotools` decodes them too, but fills up lengths that are too few with whatever lies in
+    one.  `pycocotools` decodes them too, but fills up lengths that are too few with what lies in
     memory, and a size that does not fit into memory ends the process.
     """
     counts = segmentation["counts"]
