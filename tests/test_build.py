@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -194,6 +195,14 @@ def test_an_sdist_has_what_the_build_reads(tmp_path):
         there = {name.partition("/")[2] for name in files.getnames()}
     needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
     assert needed | tracked("csrc", "vsod_ops", "vsod_models") <= there
+
+
+def test_the_tests_of_the_wheels_and_of_the_workflow_are_there():
+    command = re.search(r'^test-command = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    files = re.findall(r"\{project\}/(\S+)", command[1])
+    assert files and all((ROOT / file).is_file() for file in files)
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    assert "run: bash .ci/run\n" in workflow and (ROOT / ".ci" / "run").is_file()
 
 
 def test_a_wheel_has_what_the_models_read(tmp_path):
