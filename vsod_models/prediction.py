@@ -33,6 +33,7 @@ from .data.records import Record, Records
 from .errors import InputError, one_line
 from .files import inside, locked
 from .limits import MOST_PIXELS
+from .media.live import Live
 from .media.reading import Frame, PathLike, Source, ahead, open_source
 from .media.views import VIEWS, check_view
 from .media.writing import Png, open_writer
@@ -106,6 +107,8 @@ class VideoPredictor:
             prior, and frames that bring none; the neighbour is the next frame, and for the last
             one the frame before it.
         name: of the model, for `describe`.
+        causal: a frame is masked as soon as it comes, as the last one of a window; a motion prior
+            is that of the flow to the frame before.
 
     Raises InputError for an argument that is not valid.
     """
@@ -122,6 +125,7 @@ class VideoPredictor:
         crf: str | None = None,
         prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
         name: str | None = None,
+        causal: bool = False,
     ):
         self.device = choose_device(device)
         self.name = name or type(model).__name__
@@ -141,9 +145,11 @@ class VideoPredictor:
                 f"overlap must be 0 to {self.length - 1} for windows of {self.length} frames, "
                 f"got {overlap}"
             )
-        self.stride = 1 if model.outputs == "last" else self.length - overlap
+        self.causal = causal
+        self.last = causal or model.outputs == "last"  # a window gives the mask of its last frame
+        self.stride = 1 if self.last else self.length - overlap
         if batch is None:
-            batch = 1 if self.device.type == "cpu" else 4
+            batch = 1 if causal or self.device.type == "cpu" else 4
         self.batch = batch
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
@@ -212,7 +218,7 @@ class VideoPredictor:
             "precision": str(self.dtype).removeprefix("torch."),
             "crf": self.crf,
             "prior": prior.key() if prior is not None and hasattr(prior, "key") else None,
-        }
+        } | ({"causal": True} if self.causal else {})
 
     def stream(
         self,
@@ -226,11 +232,13 @@ class VideoPredictor:
         """
         if isinstance(source, (str, os.PathLike)):
             source = open_source(source, rate)
-        frames = ahead(_as_frames(source, rate))
+        frames = _as_frames(source, rate)
+        if not isinstance(source, Live):  # what waits there is not what is happening now
+            frames = ahead(frames)
         with contextlib.closing(frames):
             for clip in self._clips(frames):
                 chunks = self._encoded(clip)
-                held = self._last(chunks) if self.model.outputs == "last" else self._all(chunks)
+                held = self._last(chunks) if self.last else self._all(chunks)
                 for one in held:
                     yield Result(one.frame, self._saliency(one))
 
@@ -265,6 +273,11 @@ class VideoPredictor:
             yield from (_Input(*one, None) for one in small)
             return
         before = this = None
+        if self.causal:
+            for this in small:
+                yield _Input(*this, self._beside(this, before or this))
+                before = this
+            return
         for following in small:
             if this is not None:
                 yield _Input(*this, self._beside(this, following))
@@ -381,7 +394,10 @@ class VideoPredictor:
         for chunk in chunks:
             row = (before or [chunk[0]] * (self.length - 1)) + chunk
             windows = [row[t : t + self.length] for t in range(len(chunk))]
-            for one, probability in zip(chunk, self._decode(windows), strict=True):
+            probabilities = self._decode(windows)
+            if self.model.outputs == "all":
+                probabilities = probabilities[:, -1]
+            for one, probability in zip(chunk, probabilities, strict=True):
                 one.total, one.weight = probability, 1.0
             yield from chunk
             before = row[len(row) - self.length + 1 :]
@@ -497,7 +513,7 @@ def choose_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _as_frames(source: Any, rate: Fraction | float) -> Iterator[Frame]:
+def _as_frames(source: Any, rate: Fraction | float) -> Generator[Frame]:
     step = 1 / Fraction(rate).limit_denominator(1001)
     for index, frame in enumerate(source):
         if isinstance(frame, Frame):
@@ -541,7 +557,10 @@ def predict_file(
     with (
         open_writer(output, source, overwrite=overwrite) as writer,
         # The network runs beside the drawing and the encoding.
-        contextlib.closing(ahead(predictor.stream(source))) as results,
+        contextlib.closing(
+            ahead(predictor.stream(source), depth=1 if isinstance(source, Live) else 4)
+        ) as results,
+        contextlib.closing(source) if isinstance(source, Live) else contextlib.nullcontext(),
     ):
         try:
             for result in results:
@@ -549,6 +568,8 @@ def predict_file(
                 with _uninterrupted():
                     writer.write(picture, result.source)
                     done += 1
+                if isinstance(source, Live):
+                    source.written(result.source)
                 progress(done)
         except KeyboardInterrupt:
             if not done:
@@ -559,7 +580,8 @@ def predict_file(
                 writer.close(stopped=stopped)
         except KeyboardInterrupt:
             pass  # all was written: there is nothing to stop
-    return Written(done, stopped, tuple(writer.notes))
+    notes = [*writer.notes, *(source.summary() if isinstance(source, Live) else ())]
+    return Written(done, stopped, tuple(notes))
 
 
 class Recorded:

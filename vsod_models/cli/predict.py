@@ -14,60 +14,81 @@ from ..errors import InputError
 from .progress import counted, frames_progress, progress
 from .start import without_collection
 
+ModelName = Annotated[
+    str,
+    typer.Option(
+        help="A shipped model, a folder of save_pretrained, a checkpoint, module:factory, "
+        "hub:owner/name, onnx:FILE or transformers:owner/name."
+    ),
+]
+ModelOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE of onnx: and transformers:, such as image_size=320,320."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the code in a transformers: repository."),
+]
+View = Annotated[str, typer.Option("--as", help="mask, overlay, matte, cutout, side-by-side.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Size = Annotated[str, typer.Option(help="What the model sees, WIDTHxHEIGHT.")]
+Overlap = Annotated[int | None, typer.Option(help="Frames that neighbouring windows share.")]
+Windows = Annotated[int | None, typer.Option("--batch", help="Windows that run at once.")]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Crf = Annotated[
+    str | None, typer.Option(help="Refine masks with a dense CRF: preset dss or deeplab.")
+]
+PriorName = Annotated[
+    str | None,
+    typer.Option(
+        help="Of MSST: flow-magnitude, or a folder of `prior train`; default: as trained."
+    ),
+]
+Background = Annotated[str, typer.Option(help="Colour behind a cutout.")]
+DEFAULT_MODEL = "vsod-mobile"
+
 
 def predict(
     output: Annotated[
         str, typer.Option("--output", "-o", help=".mp4 .mov .webm .gif .png or a folder for PNG.")
     ],
     inputs: Annotated[
-        list[str] | None, typer.Argument(help="A video, a folder of frames, a picture or a glob.")
+        list[str] | None,
+        typer.Argument(
+            help="A video, a folder of frames, a picture or a glob; camera:0, rtsp://... or - (a "
+            "pipe)."
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Instead of an input: a dataset, for `vsod eval`.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
-    model: Annotated[
-        str,
-        typer.Option(
-            help="A shipped model, a folder of save_pretrained, a checkpoint, module:factory, "
-            "hub:owner/name, onnx:FILE or transformers:owner/name."
-        ),
-    ] = "vsod-mobile",
-    model_option: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE of onnx: and transformers:, such as image_size=320,320."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the code in a transformers: repository."),
-    ] = False,
-    view: Annotated[
-        str, typer.Option("--as", help="mask, overlay, matte, cutout, side-by-side.")
-    ] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    size: Annotated[str, typer.Option(help="What the model sees, WIDTHxHEIGHT.")] = "",
-    overlap: Annotated[
-        int | None, typer.Option(help="Frames that neighbouring windows share.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows that run at once.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    crf: Annotated[
-        str | None, typer.Option(help="Refine masks with a dense CRF: preset dss or deeplab.")
-    ] = None,
-    prior: Annotated[
-        str | None,
-        typer.Option(
-            help="Of MSST: flow-magnitude, or a folder of `prior train`; default: as trained."
-        ),
-    ] = None,
+    model: ModelName = DEFAULT_MODEL,
+    model_option: ModelOptions = None,
+    trust_remote_code: TrustRemoteCode = False,
+    view: View = "",
+    device: Device = "auto",
+    size: Size = "",
+    overlap: Overlap = None,
+    batch: Windows = None,
+    precision: Precision = "auto",
+    crf: Crf = None,
+    prior: PriorName = None,
     rate: Annotated[float, typer.Option(help="Frames per second, for pictures.")] = 25.0,
-    background: Annotated[str, typer.Option(help="Colour behind a cutout.")] = "#ffffff",
+    background: Background = "#ffffff",
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Live: leave frames out when the model is slower.")
+    ] = False,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Mask a frame as soon as it comes.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
     with without_collection():
         from .. import prediction
+    from ..media.live import Live, is_live
     from ..media.reading import open_source
     from ..media.views import check_view
     from ..media.writing import OUTPUT_ENDINGS, check_output
@@ -82,7 +103,12 @@ def predict(
             raise InputError(f"{output}: the masks of a dataset go into a folder")
         view = check_view(view or "mask", output)
     else:
-        source = open_source(inputs or [], rate)
+        live = [name for name in inputs or [] if is_live(name)]
+        if live and len(inputs or []) > 1:
+            raise InputError(f"{live[0]}: goes on while it is read, and is the only input then")
+        if drop and not live:
+            raise InputError("--drop goes with camera:0, rtsp://... or -, which do not wait")
+        source = Live(live[0], drop) if live else open_source(inputs or [], rate)
         view = check_view(view, output)
         check_output(Path(output), source, overwrite)  # before the model is loaded
     colour = parse_colour(background)
@@ -97,6 +123,7 @@ def predict(
         batch=batch,
         precision=precision,
         crf=crf,
+        causal=causal,
     )
     print(predictor.describe(), flush=True)
     if dataset is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +11,10 @@ import typer
 
 from ..errors import InputError
 from ..files import read_json
-from .predict import predict
+from .predict import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from ..serve.correct import Labels
-
-DEFAULT_MODEL = inspect.signature(predict).parameters["model"].default
 
 
 def serve(

@@ -1,0 +1,282 @@
+"""Live input: a camera, a stream through a pipe, RTSP; what stops, stutters and changes size."""
+
+import io
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+av = pytest.importorskip("av", reason="the extra `models` is not installed")
+pytest.importorskip("cv2", reason="the extra `models` is not installed")
+pytest.importorskip("typer", reason="the extra `models` is not installed")
+
+from clips import decode, make_video, picture  # noqa: E402
+from commands import refused, vsod  # noqa: E402
+from test_prediction import Windowed, as_input, clip  # noqa: E402
+
+from vsod_models.errors import InputError  # noqa: E402
+from vsod_models.media import live  # noqa: E402
+from vsod_models.media.live import Live, is_live  # noqa: E402
+from vsod_models.media.reading import open_source  # noqa: E402
+from vsod_models.prediction import VideoPredictor, predict_file  # noqa: E402
+
+
+def transport_stream(frames, size=(64, 48), start=0):
+    """MPEG-TS of `picture`s at 25 frames/s, each decodable as soon as it comes."""
+    made = io.BytesIO()
+    with av.open(made, "w", format="mpegts") as container:
+        video = container.add_stream("mpeg2video", rate=25)
+        video.width, video.height, video.pix_fmt = (*size, "yuv420p")
+        video.gop_size = 1
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(index, size), format="rgb24")
+            frame.pts, frame.time_base = start + index, Fraction(1, 25)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return made.getvalue()
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Standard input that a thread feeds, piece by piece with a pause after each; gives `feed`."""
+    reading, writing = os.pipe()
+    kept = os.dup(0)
+    os.dup2(reading, 0)
+    os.close(reading)
+    threads = []
+
+    def feed(data, pieces=1, pause=0.0, close=True):
+        def work():
+            step = -(-len(data) // pieces)
+            for at in range(0, len(data), step):
+                os.write(writing, data[at : at + step])
+                time.sleep(pause)
+            if close:
+                os.close(writing)
+
+        threads.append(threading.Thread(target=work, daemon=True))
+        threads[-1].start()
+
+    yield feed
+    os.dup2(kept, 0)
+    os.close(kept)
+    for thread in threads:
+        thread.join(10)
+
+
+class Bright(Windowed):
+    clip_length = 3
+
+
+def test_the_names_that_are_no_files(tmp_path, monkeypatch):
+    for name in ("-", "camera:0", "rtsp://host/path", "rtsps://host"):
+        assert is_live(name)
+    for name in ("./camera:0", "./-", "rtsp.mp4", "http://host/a.mp4", "camera"):
+        assert not is_live(name)
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "a.mp4", frames=3)
+    os.rename("a.mp4", "camera:0")
+    assert open_source("./camera:0").frames == 3
+
+
+def test_a_stream_through_a_pipe_is_masked_as_the_file_is(tmp_path, pipe):
+    data = transport_stream(12)
+    (tmp_path / "clip.ts").write_bytes(data)
+    pipe(data, pieces=6, pause=0.02)
+    source = Live("-")
+    written = predict_file(VideoPredictor(Bright(), "cpu"), source, tmp_path / "out", view="mask")
+    assert written.frames == 12 and not written.stopped
+    assert any("latency" in note for note in written.notes)
+    predict_file(
+        VideoPredictor(Bright(), "cpu"), open_source(tmp_path / "clip.ts"), tmp_path / "file",
+        view="mask",
+    )  # fmt: skip
+    for file in sorted((tmp_path / "file").iterdir()):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+class Slow(Bright):
+    def encode(self, frames):
+        time.sleep(0.08 * frames.shape[1])
+        return super().encode(frames)
+
+
+def test_the_newest_frames_win_when_the_model_is_slower(tmp_path, pipe):
+    """50 frames in a second through a model of 12 frames/s: what is masked is never old."""
+    pipe(transport_stream(50), pieces=50, pause=0.02)
+    source = Live("-", drop=True)
+    predictor = VideoPredictor(Slow(), "cpu", causal=True)
+    written = predict_file(predictor, source, tmp_path / "out.mp4", view="mask")
+    assert source.dropped > 10 and written.frames + source.dropped == 50
+    assert sorted(source.latencies)[len(source.latencies) // 2] < 1.0
+    assert any(re.search(r"\d+ frames left out for newer ones", note) for note in written.notes)
+    _, times = decode(tmp_path / "out.mp4")
+    assert len(times) == written.frames and times == sorted(set(times))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_causal_window_sees_no_frame_that_is_to_come(count):
+    frames, model = clip(count), Windowed()
+    predictor = VideoPredictor(model, "cpu", causal=True)
+    taken = []
+
+    def one_by_one():
+        for frame in frames:
+            taken.append(frame)
+            yield frame
+
+    results = predictor.stream(Handed(one_by_one()))
+    for index, result in enumerate(results):
+        assert len(taken) == index + 1, "the mask comes before the next frame does"
+        window = as_input([frames[max(0, index - back)] for back in (4, 3, 2, 1, 0)])
+        logits = model.decode(model.encode(window), window.shape[-2:])[0, -1, 0]
+        np.testing.assert_allclose(result.saliency, logits.sigmoid().numpy(), rtol=0, atol=1e-6)
+    assert index + 1 == count and predictor.model.encoded == count
+    assert predictor.record()["causal"] is True
+
+
+class Handed(Live):
+    """Arrays in a live source's place."""
+
+    def __init__(self, frames):
+        self.frames_given = frames
+
+    def __iter__(self):
+        return iter(self.frames_given)
+
+
+def test_a_camera_is_a_device_of_ffmpeg(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        live, "CAMERAS", {"linux": ("lavfi", "testsrc=size=64x48:rate=25,trim=end_frame={}0")}
+    )
+    monkeypatch.setattr(live.sys, "platform", "linux")
+    code, out, err = vsod(capsys, "predict", "camera:1", "-o", tmp_path / "out.mp4", "--model",
+                          "mssa-tiny", "--device", "cpu", "--causal")  # fmt: skip
+    assert code == 0, err
+    assert "10 frames" in out and "latency" in out
+    assert len(decode(tmp_path / "out.mp4")[0]) == 10
+
+
+def test_a_source_that_changes_size_is_brought_to_the_first_one(tmp_path, pipe):
+    pipe(transport_stream(5) + transport_stream(5, (96, 64), start=5))
+    source = Live("-")
+    written = predict_file(VideoPredictor(Bright(), "cpu"), source, tmp_path / "out.mp4")
+    assert written.frames >= 9 and source.scaled >= 4
+    assert {frame.shape for frame in decode(tmp_path / "out.mp4")[0]} == {(48, 64, 3)}
+    assert any("of another size" in note for note in written.notes)
+
+
+def test_a_source_that_stutters_and_breaks_off_goes_on_and_ends(tmp_path, pipe):
+    data = bytearray(transport_stream(20))
+    middle = len(data) // 2
+    data[middle : middle + 400] = os.urandom(400)
+    pipe(bytes(data[: len(data) * 3 // 4 + 50]), pieces=4, pause=0.3)
+    written = predict_file(VideoPredictor(Bright(), "cpu"), Live("-"), tmp_path / "out.mp4")
+    assert 8 <= written.frames <= 15
+    assert len(decode(tmp_path / "out.mp4")[0]) == written.frames
+
+
+def test_ctrl_c_keeps_what_is_done_though_nothing_comes_any_more(tmp_path):
+    command = [
+        sys.executable, "-m", "vsod_models.cli", "predict", "-", "-o", str(tmp_path / "out.mp4"),
+        "--model", "mssa-tiny", "--device", "cpu", "--causal",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        process.stdin.write(transport_stream(40))
+        process.stdin.flush()
+        end = time.monotonic() + 120
+        while not any(p.stat().st_size for p in tmp_path.glob(".out-*")):
+            assert time.monotonic() < end and process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        err = process.stderr.read().decode()
+    finally:
+        process.kill()
+    assert "stopped: " in err and "Traceback" not in err
+    assert len(decode(tmp_path / "out.mp4")[0]) > 0
+
+
+# ---- RTSP
+
+
+def rtsp_server(data):
+    """Serves MPEG-TS over RTP, interleaved, once; its address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def work():
+        connection, _ = listening.accept()
+        with connection, connection.makefile("rb") as lines:
+            while True:
+                request = lines.readline().decode()
+                if not request:
+                    return
+                header = {}
+                while (line := lines.readline().decode().strip()) != "":
+                    key, _, value = line.partition(":")
+                    header[key.lower()] = value.strip()
+                answer = ["RTSP/1.0 200 OK", f"CSeq: {header['cseq']}", "Session: 1;timeout=60"]
+                body = ""
+                if request.startswith("DESCRIBE"):
+                    about = ["v=0", "o=- 0 0 IN IP4 127.0.0.1", "s=test", "t=0 0"]
+                    body = "\r\n".join([*about, "m=video 0 RTP/AVP 33", ""])
+                    answer += ["Content-Type: application/sdp", f"Content-Length: {len(body)}"]
+                if request.startswith("SETUP"):
+                    answer.append("Transport: RTP/AVP/TCP;unicast;interleaved=0-1")
+                connection.sendall(("\r\n".join(answer) + "\r\n\r\n" + body).encode())
+                if request.startswith("PLAY"):
+                    break
+            for number, at in enumerate(range(0, len(data), 7 * 188)):
+                part = data[at : at + 7 * 188]
+                packet = struct.pack(">BBHII", 0x80, 33, number, number * 3600, 1) + part
+                connection.sendall(b"$\0" + struct.pack(">H", len(packet)) + packet)
+                time.sleep(0.002)
+
+    threading.Thread(target=work, daemon=True).start()
+    return f"rtsp://user:secret@127.0.0.1:{listening.getsockname()[1]}/stream"
+
+
+def test_rtsp(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "SECONDS", 2.0)
+    source = Live(rtsp_server(transport_stream(30)))
+    written = predict_file(VideoPredictor(Bright(), "cpu"), source, tmp_path / "out.mp4")
+    assert 28 <= written.frames <= 30
+    assert len(decode(tmp_path / "out.mp4")[0]) == written.frames
+    assert all("secret" not in note for note in written.notes)
+
+
+def test_what_cannot_be_opened_is_one_line(tmp_path, capsys, pipe):
+    out = ("-o", tmp_path / "out.mp4")
+    closed = socket.create_server(("127.0.0.1", 0))
+    port = closed.getsockname()[1]
+    closed.close()
+    refused(vsod(capsys, "predict", f"rtsp://me:secret@127.0.0.1:{port}/x", *out),
+            f"rtsp://127.0.0.1:{port}/x: cannot be opened")  # fmt: skip
+    refused(vsod(capsys, "predict", "camera:99", *out), "camera:99: cannot be opened")
+    refused(vsod(capsys, "predict", "camera:../x", *out), "camera: and a number")
+    refused(vsod(capsys, "predict", "camera:0", "camera:1", *out), "the only input")
+    make_video(tmp_path / "a.mp4", frames=2)
+    refused(vsod(capsys, "predict", tmp_path / "a.mp4", *out, "--drop"), "--drop goes with")
+    pipe(b"nothing that is a video" * 100)
+    refused(vsod(capsys, "predict", "-", *out), "-: cannot be opened")
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_stream_without_frames(pipe):
+    data = transport_stream(1)
+    pipe(data[: 3 * 188])
+    with pytest.raises(InputError, match="-: "):
+        list(Live("-"))
