@@ -19,6 +19,7 @@ import typer
 
 from ..errors import InputError, Stopped, describe, one_line
 from . import start
+from .batch import batch
 from .data import check, prepare, synthetic
 from .evaluate import evaluate
 from .example import example
@@ -75,6 +76,7 @@ add(app, "train", train, "train --config mssa-pretrain out=runs/1 data.roots.coc
 add(app, "eval", evaluate, "eval --pred maps --dataset davis16 --data DAVIS")
 add(app, "predict", predict, "predict clip.mp4 -o cutout.mp4 --as cutout")
 add(app, "export", export, "export vsod-mobile -o model.onnx")
+add(app, "batch", batch, "batch clips/ -o masks --as mask --actors 2")
 add(app, "example", example, "example clip.mp4")
 add(app, "serve", serve, "serve --labels labels --data DAVIS")
 add(data_app, "check", check, "data check davis16 DAVIS --split val")

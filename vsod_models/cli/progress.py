@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 
 def track(text: str) -> Callable[[Iterable, int], Iterable]:
@@ -36,6 +37,29 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def frames_progress(frames: int | None) -> Iterator[Callable[[int], None]]:
     """A bar with frames/s and the time left, on a terminal; gives what `predict_file` calls."""
+    with _speed_bar(frames) as update:
+        yield lambda done: update(done, done)
+
+
+@contextlib.contextmanager
+def videos_progress(
+    videos: int, hidden: bool = False
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A bar of videos with frames/s and the time left; gives what takes rows of a manifest."""
+    done = frames = 0
+    with _speed_bar(videos, hidden) as update:
+
+        def progress(row: Mapping[str, Any]) -> None:
+            nonlocal done, frames
+            done, frames = done + 1, frames + (0 if row["kept"] else row["frames"])
+            update(done, frames)
+
+        yield progress
+
+
+@contextlib.contextmanager
+def _speed_bar(total: int | None, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Gives what takes how many are done, and how many frames so far."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -49,16 +73,16 @@ def frames_progress(frames: int | None) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     bar = Progress(
         BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
+        console=console, disable=hidden or not console.is_terminal,
     )  # fmt: skip
     with bar:
-        task = bar.add_task("frames", total=frames, speed=0.0)
+        task = bar.add_task("", total=total, speed=0.0)
         began = time.monotonic()
 
-        def progress(done: int) -> None:
-            bar.update(task, completed=done, speed=done / max(time.monotonic() - began, 1e-9))
+        def update(done: int, frames: int) -> None:
+            bar.update(task, completed=done, speed=frames / max(time.monotonic() - began, 1e-9))
 
-        yield progress
+        yield update
 
 
 def counted(number: int, what: str) -> str:

@@ -1,0 +1,423 @@
+"""Any number of videos, on one machine or many: one row a video, in actors of Ray Data.
+
+What is whole and what is not is kept in files, never in Ray: a video's output takes its name in one
+step, and beside it, in the folder `.vsod-batch`, lies a record of who made it.  So a video that was
+done is not run again, whoever is killed and started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import gc
+import glob
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from .errors import InputError, describe, one_line
+from .files import locked, natural_order, need_file, read_json, whole_file
+
+VIDEO_ENDINGS = (
+    ".3gp", ".avi", ".flv", ".gif", ".ivf", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
+    ".mpg", ".mts", ".mxf", ".nut", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
+)  # fmt: skip
+FORMATS = ("mp4", "mov", "webm", "gif", "png")  # png: a folder of them for each video
+RECORDS = ".vsod-batch"
+MOST_BLOCKS = 4096  # of rows that Ray hands out
+
+# What may be gone a moment later: of disks, networks and machines that are busy.
+PASSING = {
+    errno.EAGAIN, errno.EBUSY, errno.EDQUOT, errno.EIO, errno.EINTR, errno.EMFILE, errno.ENFILE,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ENOLCK, errno.ENOSPC, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video and where its result goes."""
+
+    source: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How every video is treated; the fields of `predictor` are `load_predictor`'s arguments."""
+
+    predictor: Mapping[str, Any]
+    folder: str  # of the outputs
+    view: str | None = None
+    background: Sequence[int] = (255, 255, 255)
+    overwrite: bool = False
+    retries: int = 2
+    threads: int = 1
+    memory: float | None = None  # GB that an actor may allocate
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+def find_tasks(inputs: Sequence[str], folder: str | Path, form: str) -> list[Task]:
+    """Videos, folders of videos, globs and lists -> tasks, each with an output of its own.
+
+    Args:
+        inputs: a folder is searched for videos, also in folders within it; a .txt, .csv or
+            .parquet file and "-" (standard input) are lists of inputs, a line or a row each (of
+            the column `path`, or the only one).
+        folder: of the outputs; what lies in it is no input.
+        form: one of FORMATS.
+
+    Raises:
+        InputError: nothing is found, or two inputs would have the same output.
+    """
+    ending = "" if form == "png" else f".{form}"
+    root = Path(folder).resolve()
+    tasks: dict[str, Task] = {}
+    for path, name in _found(inputs, root):
+        output = str(root / Path(name).with_suffix(ending))
+        source = str(path)
+        if output in tasks and tasks[output].source != source:
+            raise InputError(
+                f"{source}: would be written to {output}, as {tasks[output].source} would; give "
+                "them to runs with outputs of their own"
+            )
+        tasks[output] = Task(source, output)
+    if not tasks:
+        raise InputError(f"{', '.join(inputs)}: no videos in it ({' '.join(VIDEO_ENDINGS)})")
+    return list(tasks.values())
+
+
+def _found(inputs: Sequence[str], outputs: Path) -> Iterator[tuple[Path, str]]:
+    """(file or folder of frames, its name below the folder of outputs)."""
+    for given in inputs:
+        path = Path(given)
+        if given == "-":
+            yield from _found([line.strip() for line in sys.stdin if line.strip()], outputs)
+        elif path.is_dir():
+            videos = [
+                p
+                for p in path.rglob("*")
+                if p.suffix.lower() in VIDEO_ENDINGS
+                and p.is_file()
+                and not any(part.startswith(".") for part in p.relative_to(path).parts)
+                and outputs not in p.resolve().parents
+            ]
+            for video in natural_order(videos):
+                yield video.resolve(), str(video.relative_to(path))
+            if not videos and any(path.iterdir()):
+                yield path.resolve(), path.resolve().name  # of frames
+        elif path.suffix.lower() in (".txt", ".csv", ".parquet") and path.exists():
+            yield from _found(_listed(path), outputs)
+        elif glob.has_magic(given) and not path.exists():
+            matches = natural_order(glob.glob(given, recursive=True))
+            if not matches:
+                raise InputError(f"{given}: matches no file")
+            yield from _found(matches, outputs)
+        else:  # one that is not there is a row of the manifest that says so
+            yield path.resolve(), path.name
+
+
+def _listed(path: Path) -> list[str]:
+    """The inputs that a file lists; relative ones are of the current folder."""
+    need_file(path)
+    if path.suffix.lower() == ".txt":
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    rows: list[dict[str, Any]]
+    if path.suffix.lower() == ".csv":
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{path}: not readable as Parquet ({one_line(error)})") from None
+    names = list(rows[0]) if rows else []
+    column = "path" if "path" in names else names[0] if len(names) == 1 else None
+    if column is None:
+        raise InputError(f"{path}: has the columns {', '.join(names)}; one called path is needed")
+    return [str(row[column]) for row in rows]
+
+
+class Worker:
+    """An actor: holds the model, takes rows of tasks and gives rows of the manifest.
+
+    Whatever happens to a video is in its row; nothing is raised.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        import torch
+
+        from .prediction import load_predictor
+
+        # A video is whole or not there: nobody's Ctrl-C ends it early.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(options.threads)
+        self.predictor = load_predictor(**options.predictor)
+        self.made_by = self.predictor.record() | {
+            "view": options.view,
+            "background": list(options.background),
+        }
+        limit_memory(options.memory)
+
+    def __call__(self, task: Mapping[str, str]) -> dict[str, Any]:
+        began = time.monotonic()
+        row: dict[str, Any] = {
+            "input": task["source"], "output": task["output"], "state": "failed", "kept": False,
+            "error": "", "frames": 0, "seconds": 0.0, "model": self.made_by["model"],
+            "hash": self.made_by["hash"], "options": json.dumps(self.made_by),
+        }  # fmt: skip
+        for attempt in range(self.options.retries + 1):
+            try:
+                row |= self._made(Task(**task)) | {"error": ""}
+                break
+            except Exception as error:
+                row["error"] = _explained(error)
+                if not passes(error):
+                    break
+            if attempt < self.options.retries:
+                time.sleep(2**attempt)
+        if not row["kept"]:
+            row["seconds"] = round(time.monotonic() - began, 3)
+        gc.collect()
+        return row
+
+    def _made(self, task: Task) -> dict[str, Any]:
+        """Runs a video unless that was done; what is known of it."""
+        from .media.reading import open_source
+        from .prediction import predict_file
+
+        output = Path(task.output)
+        file = record_of(self.options.folder, output)
+        with _alone(file):
+            record = read_json(file, "record of `vsod batch`") if file.is_file() else {}
+            mine = record.get("run") == self.options.run
+            known = record.get("made_by") == self.made_by
+            if os.path.lexists(output) and record and (mine or not self.options.overwrite):
+                if not known:
+                    raise InputError(
+                        f"{output}: was made by {record['made_by'].get('model')} or with other "
+                        "options; overwrite=True makes it anew"
+                    )
+                if record["state"] == "running":  # killed after it was whole
+                    record |= {"state": "done", "frames": open_source(output).frames or 0}
+                    _write(file, record)
+                kept = {key: record[key] for key in ("state", "frames", "seconds")}
+                return kept | {"kept": True}
+            attempts = record.get("attempts", 0) + 1 if mine else 1
+            if attempts > self.options.retries + 1:
+                raise InputError(
+                    f"{task.source}: the process that ran it was killed {attempts - 1} times"
+                )
+            record = {
+                "state": "running", "run": self.options.run, "attempts": attempts,
+                "made_by": self.made_by, "frames": 0, "seconds": 0.0,
+            }  # fmt: skip
+            source = open_source(task.source)
+            _write(file, record)
+            began = time.monotonic()
+            try:
+                written = predict_file(
+                    self.predictor, source, output, view=self.options.view,
+                    background=self.options.background, overwrite=self.options.overwrite,
+                )  # fmt: skip
+            except Exception:
+                file.unlink(missing_ok=True)
+                raise
+            seconds = round(time.monotonic() - began, 3)
+            record |= {"state": "done", "frames": written.frames, "seconds": seconds}
+            _write(file, record)
+            return {"state": "done", "frames": written.frames}
+
+
+def record_of(folder: str, output: Path) -> Path:
+    """Where it is written who made an output."""
+    name = output.relative_to(Path(folder).resolve())
+    return Path(folder).resolve() / RECORDS / name.with_name(f"{name.name}.json")
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    with whole_file(file) as part:
+        part.write_text(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """One process a video: one whose driver is dead may still be at it, and is waited for."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file.with_suffix(".lock"))
+    try:
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        # Who waits on the file that goes away finds the video done, or locks it once more.
+        file.with_suffix(".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def passes(error: BaseException) -> bool:
+    """Whether trying again can help."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in PASSING:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, (InputError, OSError)):
+        return describe(error)
+    if isinstance(error, MemoryError) or "memory" in str(error) or "bad_alloc" in str(error):
+        return f"out of the memory that an actor may take ({one_line(error)})"
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def limit_memory(gigabytes: float | None) -> None:
+    """What this process may have allocated: more is an error in the video that asks for it.
+
+    RLIMIT_DATA counts private memory alone, so neither Ray's store nor files that are mapped.
+    """
+    if gigabytes is not None:
+        wanted = int(gigabytes * 2**30)
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where it runs.
+
+    address: of a Ray cluster; None: this machine, for as long as the run lasts.
+    actors: how many, of `Options.threads` CPUs and `gpus` GPUs each.
+    """
+
+    actors: int
+    address: str | None = None
+    gpus: float = 0.0
+
+
+def run_batch(
+    tasks: Sequence[Task],
+    options: Options,
+    cluster: Cluster,
+    manifest: str | Path,
+    on_row: Callable[[Mapping[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Every task through the model; the rows of the manifest, in the order of the tasks.
+
+    Args:
+        manifest: a .jsonl or .parquet file; it is written when the run ends, however that is.
+        on_row: is called with each row when it is known.
+
+    Raises:
+        InputError: another run is at work in the folder of outputs, Ray or the model cannot be
+            started, or the manifest cannot be written.
+    """
+    if Path(manifest).suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"{manifest}: has to end in .jsonl or .parquet")
+    rows: dict[str, dict[str, Any]] = {}
+    with locked(options.folder, "a batch"), contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: write_manifest(Path(manifest), _in_order(tasks, rows)))
+        for row in _rows(tasks, options, cluster):
+            rows[row["output"]] = row
+            on_row(row)
+    return _in_order(tasks, rows)
+
+
+def _in_order(tasks: Sequence[Task], rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    waiting = {"state": "waiting", "kept": False, "error": "", "frames": 0, "seconds": 0.0}
+    waiting |= {"model": "", "hash": "", "options": ""}
+    return [
+        rows.get(task.output, {"input": task.source, "output": task.output, **waiting})
+        for task in tasks
+    ]
+
+
+def _rows(tasks: Sequence[Task], options: Options, cluster: Cluster) -> Iterator[dict[str, Any]]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = dict(logging_level="ERROR", log_to_driver=False)
+    try:
+        with _stderr_closed():  # its C++ side says there that it was told to be quiet
+            if cluster.address is not None:
+                ray.init(cluster.address, **quiet)
+            else:
+                # Rows are small: the store holds nothing else.
+                ray.init(
+                    "local", num_cpus=cluster.actors * options.threads + 1,
+                    include_dashboard=False, object_store_memory=128 * 2**20, **quiet,
+                )  # fmt: skip
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"Ray at {cluster.address or 'local'}: {one_line(error)}") from None
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.target_max_block_size = 2**20  # of what it keeps in its store for each task
+        # Each block is a task of an actor; what was done of one that is run again is skipped.
+        blocks = min(len(tasks), MOST_BLOCKS)
+        data = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=blocks)
+        done = data.map(
+            Worker, fn_constructor_args=(options,), num_cpus=options.threads,
+            num_gpus=cluster.gpus or None,
+            compute=ray.data.ActorPoolStrategy(
+                size=min(cluster.actors, blocks), max_tasks_in_flight_per_actor=2
+            ),
+        )  # fmt: skip
+        yield from done.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise InputError(f"Ray: {one_line(error)}") from error
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """What libraries write there goes nowhere."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def write_manifest(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row for each input, as JSON lines or Parquet by the ending."""
+    with whole_file(path) as part:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), part)
+        else:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
