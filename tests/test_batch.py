@@ -289,7 +289,7 @@ def actors(mark):
 def wait_for(condition, process, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        assert time.monotonic() < end and process.poll() is None, Path("errors").read_text()
         time.sleep(0.02)
 
 
@@ -309,9 +309,8 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
     ]  # fmt: skip
 
     def start():
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        with open("printed", "w") as printed, open("errors", "w") as errors:
+            return subprocess.Popen(command, env=environment, stdout=printed, stderr=errors)
 
     def done():
         """Output -> when it was written, of all whose records say that they are done."""
@@ -334,15 +333,15 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
         wait_for(lambda: len(done()) >= 120, process)
         seen |= done()
         process.kill()
-        process.communicate()
+        process.wait()
         assert not (out / "manifest.jsonl").exists(), "it is written when a run ends"
         process = start()
-        output, errors = process.communicate(timeout=400)
+        process.wait(400)
     finally:
         process.kill()
-    assert process.returncode == 1, errors
+    assert process.returncode == 1, Path("errors").read_text()
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    printed = [json.loads(line) for line in output.splitlines()]
+    printed = [json.loads(line) for line in Path("printed").read_text().splitlines()]
     assert sorted(printed, key=lambda row: row["input"]) == rows
     states = {Path(row["input"]).stem: row["state"] for row in rows}
     assert len(states) == count

@@ -383,6 +383,7 @@ def test_an_onnx_file_of_windows_says_of_itself_what_it_needs(tmp_path, count):
         (["n", 3, 8, 8], {"clip_length": "4"}, "windows"),
         (["n", 3, 8, 8], {"needs_prior": "true"}, "has the inputs frames"),
         ([8, 8], {}, "takes"),
+        (["n", 3, 8, 8], {"sizes": "8,8"}, "sizes is not one of image_size"),
     ],
 )
 def test_what_is_wrong_with_an_onnx_file(tmp_path, shape, options, words):
@@ -405,3 +406,113 @@ def test_an_onnx_file_that_gives_no_map(tmp_path):
     model = zoo.load_model(onnx_file(tmp_path / "a.onnx", ["n", 3, 8, 8], copied))
     with pytest.raises(zoo.InputError, match="one map a frame"):
         VideoPredictor(model, "cpu").predict_clip([picture(0)])
+
+
+# ---- transformers
+
+
+def segformer(folder, labels=("background", "dog", "cat"), **config):
+    """A tiny one with random weights, saved; and the model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16],
+        patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+    )  # fmt: skip
+    model = transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(**sizes, id2label=dict(enumerate(labels)), **config)
+    )
+    model.eval().save_pretrained(folder)
+    text = '{"size": {"height": 64, "width": 96}, "image_mean": [0.5, 0.5, 0.5], '
+    (folder / "preprocessor_config.json").write_text(text + '"image_std": [0.5, 0.5, 0.5]}')
+    return model
+
+
+def test_a_segmentation_model_of_transformers(tmp_path):
+    tiny = segformer(tmp_path / "tiny")
+    model = zoo.load_model(f"transformers:{tmp_path}/tiny")
+    assert model.image_size == (64, 96)
+    frame = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    pixels = (torch.from_numpy(frame).movedim(-1, 0)[None] / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        shares = tiny(pixels).logits.softmax(1)
+    for options, classes in (({}, [1, 2]), ({"labels": "Dog"}, [1]), ({"labels": "0,cat"}, [0, 2])):
+        model = zoo.load_model(f"transformers:{tmp_path}/tiny", options=options)
+        (made,) = VideoPredictor(model, "cpu").predict_clip([frame])
+        logits = shares[:, classes].sum(1, keepdim=True).logit()
+        expected = nn.functional.interpolate(logits, (64, 96), mode="bilinear").sigmoid()[0, 0]
+        np.testing.assert_allclose(made, expected.numpy(), atol=1e-5)
+    for options, words in (
+        ({"labels": "horse"}, "no class 'horse'"),
+        ({"labels": "0,1,2"}, "nothing is left"),
+        ({"label": "1"}, "label is not one of image_size"),
+        ({"mean": "1"}, "3 numbers"),
+    ):
+        with pytest.raises(zoo.InputError, match=words):
+            zoo.load_model(f"transformers:{tmp_path}/tiny", options=options)
+
+
+REMOTE = """
+    import pathlib, torch, transformers
+    pathlib.Path({ran!r}).write_text("")
+
+    class TinyConfig(transformers.PretrainedConfig):
+        model_type = "tiny_remote"
+
+    class Tiny(transformers.PreTrainedModel):
+        config_class = TinyConfig
+        def __init__(self, config):
+            super().__init__(config)
+            self.layer = torch.nn.Conv2d(3, 1, 1)
+            self.post_init()
+        def forward(self, x):
+            return [torch.zeros(1), self.layer(x)]
+    """
+
+
+def test_code_in_a_repository_runs_only_when_it_is_trusted(tmp_path, monkeypatch):
+    """As BiRefNet is published: the class is in the repository, and gives a list of maps."""
+    pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran = tmp_path / "remote", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "tiny.py").write_text(textwrap.dedent(REMOTE.format(ran=str(ran))))
+    auto = '{"AutoConfig": "tiny.TinyConfig", "AutoModelForImageSegmentation": "tiny.Tiny"}'
+    (folder / "config.json").write_text(f'{{"model_type": "tiny_remote", "auto_map": {auto}}}')
+    weights = {"layer.weight": torch.ones(1, 3, 1, 1), "layer.bias": torch.zeros(1)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    name = f"transformers:{folder}"
+    with pytest.raises(zoo.InputError, match="trust_remote_code=True"):
+        zoo.load_model(name)
+    assert not ran.exists()
+    given = {"mean": "0,0,0", "std": "1,1,1"}
+    model = zoo.load_model(name, options=given, trust_remote_code=True)
+    assert ran.exists() and model.image_size == (1024, 1024)
+    predictor = VideoPredictor(model, "cpu", size=(48, 64))
+    (made,) = predictor.predict_clip([picture(0)])
+    expected = 1 / (1 + np.exp(picture(0).sum(2) / -255.0))
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+def test_what_is_wrong_with_a_repository_is_one_line(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    make_video(tmp_path / "clip.mp4", frames=2)
+    segformer(tmp_path / "many", labels=("sky", "sea"))
+    segformer(tmp_path / "pickled")
+    (tmp_path / "pickled/model.safetensors").unlink()
+    torch.save({"code": Touch(tmp_path / "ran")}, tmp_path / "pickled/pytorch_model.bin")
+    transformers.BertConfig().save_pretrained(tmp_path / "words")
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown/config.json").write_text('{"model_type": "nobodys"}')
+    for name, words in {
+        f"{tmp_path}/many": "gives (1, 2, 16, 24)",
+        f"{tmp_path}/pickled": "OSError: ",
+        f"{tmp_path}/words": "a model of type bert gives no maps of classes",
+        f"{tmp_path}/unknown": "nobodys is not known to transformers",
+        "nobody": "owner/name or a folder is needed",
+    }.items():
+        given = ("--model", f"transformers:{name}", "-o", tmp_path / "out.mp4")
+        refused(vsod(capsys, "predict", tmp_path / "clip.mp4", *given), words)
+    assert not (tmp_path / "ran").exists()

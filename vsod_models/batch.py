@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import gc
 import glob
 import json
 import logging
@@ -194,7 +193,6 @@ class Worker:
                 time.sleep(2**attempt)
         if not row["kept"]:
             row["seconds"] = round(time.monotonic() - began, 3)
-        gc.collect()
         return row
 
     def _made(self, task: Task) -> dict[str, Any]:

@@ -65,6 +65,10 @@ def load_model(
         from .networks.onnx import OnnxModel
 
         return OnnxModel(Path(rest), options).eval()
+    if colon and scheme == "transformers":
+        from .networks.transformers import load_transformers
+
+        return load_transformers(rest, options, trust_remote_code).eval()
     path = Path(source)
     if not path.exists():
         shipped = sorted(p.name for p in SHIPPED.glob("*") if p.is_dir())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,22 @@ class PerFrame(SaliencyModel):
         flat = logits.flatten(0, 1).float()
         resized = F.interpolate(flat, tuple(size), mode="bilinear", align_corners=False)
         return resized.unflatten(0, logits.shape[:2])
+
+
+def read_numbers(
+    source: str, said: Mapping[str, str], key: str, count: int, kind: Any, default: str = ""
+) -> list[Any]:
+    """ "0.5,0.5,0.5" under `key`, or else `default`, -> `count` finite numbers of this kind."""
+    text = said.get(key, default)
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise InputError(
+            f"model {source}: {key} is {text!r}; {count} numbers with commas are needed"
+        )
+    return numbers
 
 
 def import_factory(source: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError, one_line
 from ..files import need_file
 from .contract import SaliencyModel
+from .foreign import read_numbers
 
 METADATA = {
     "image_size": "height,width that the network was trained at",
@@ -97,6 +98,9 @@ class OnnxModel(SaliencyModel):
             )
         except Exception as error:  # onnxruntime raises kinds of its own
             raise InputError(f"{file}: no ONNX file that can be run ({one_line(error)})") from None
+        for key in options or {}:
+            if key not in METADATA:
+                raise InputError(f"model {self.source}: {key} is not one of {', '.join(METADATA)}")
         said = {**self.session.get_modelmeta().custom_metadata_map, **(options or {})}
         self._read(said)
         # In the state, so that a record of what made a mask tells files apart.
@@ -120,7 +124,7 @@ class OnnxModel(SaliencyModel):
                 f"model {self.source}: the file does not say at which size it was trained; give "
                 "the option image_size=HEIGHT,WIDTH"
             )
-        size = self._numbers(said, "image_size", 2, int)
+        size = read_numbers(self.source, said, "image_size", 2, int)
         self.image_size = (size[0], size[1])
         if min(self.image_size) < 1:
             raise InputError(f"model {self.source}: image_size is {said['image_size']}")
@@ -131,10 +135,10 @@ class OnnxModel(SaliencyModel):
             )
         self.side_multiple = None
         if "side_multiple" in said and not all(isinstance(n, int) for n in fixed):
-            self.side_multiple = max(1, self._numbers(said, "side_multiple", 1, int)[0])
+            self.side_multiple = max(1, read_numbers(self.source, said, "side_multiple", 1, int)[0])
         # A file with windows of a fixed length has no others: shorter videos repeat a frame.
         self.length = shape[1] if windows and isinstance(shape[1], int) else None
-        length = self._numbers(said, "clip_length", 1, int, str(self.length or 1))[0]
+        length = read_numbers(self.source, said, "clip_length", 1, int, str(self.length or 1))[0]
         self.clip_length = max(1, length)
         if len(shape) not in (4, 5) or (self.clip_length > 1 and not windows):
             raise InputError(
@@ -151,26 +155,12 @@ class OnnxModel(SaliencyModel):
             names = ", ".join(i.name for i in inputs)
             raise InputError(f"model {self.source}: has the inputs {names}; frames alone are given")
         self.terms = said.get("terms", "")
-        mean = self._numbers(said, "mean", 3, float, "0,0,0")
-        std = self._numbers(said, "std", 3, float, "1,1,1")
+        mean = read_numbers(self.source, said, "mean", 3, float, "0,0,0")
+        std = read_numbers(self.source, said, "std", 3, float, "1,1,1")
         if 0 in std:
             raise InputError(f"model {self.source}: std is {said['std']}, and 0 divides nothing")
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def _numbers(
-        self, said: Mapping[str, str], key: str, count: int, kind: Any, default: str = ""
-    ) -> list[Any]:
-        text = said.get(key, default)
-        try:
-            numbers = [kind(part) for part in text.split(",")]
-        except ValueError:
-            numbers = []
-        if len(numbers) != count or not np.isfinite(numbers).all():
-            raise InputError(
-                f"model {self.source}: {key} is {text!r}; {count} numbers with commas are needed"
-            )
-        return numbers
 
     def _one_of(self, said: Mapping[str, str], key: str, *allowed: str) -> Any:
         if said.get(key, allowed[0]) not in allowed:
