@@ -83,7 +83,7 @@ step attention-sweep 25 "${benchmark[@]}" "${attention[@]}" "${lengths[@]}" --se
 step conv_lstm 60 "${benchmark[@]}" "${conv_lstm[@]}" --seconds 0.2 --out "$run"
 step dense_crf 12 "${benchmark[@]}" dense_crf --device cuda --size 512x512 --seconds 2 --out "$run"
 step msst 20 "${benchmark[@]}" msst --device cuda --precision bfloat16 --prior flow-magnitude \
-  --seconds 3 --out "$run"
+  --full-resolution --seconds 3 --out "$run"
 step mssa 35 "${benchmark[@]}" mssa --device cuda --precision bfloat16 --sizes 224 448 --seconds 1 \
   --out "$run"
 

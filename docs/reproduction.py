@@ -1,11 +1,13 @@
 """Writes the tables of reproduction.md from the JSON files of `vsod eval`.
 
-python docs/reproduction.py [RESULTS]
+python docs/reproduction.py [RESULTS]               fills them in
+python docs/reproduction.py --print NAME [RESULTS]  prints those of recipes/NAME.sh
 """
 
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("reproduction.md")
@@ -64,8 +66,60 @@ TABLES = {
 }  # fmt: skip
 
 
+# What recipes/table1.sh and recipes/msst.sh leave: (name of the table and of its file, title).
+OF_SCRIPTS = {
+    "table1": (
+        ("table1-davis16", "DAVIS-2016"),
+        ("table1-segtrackv2", "SegTrack-V2"),
+        ("table1-fbms59", "FBMS-59"),
+    ),
+    "msst": (("msst-ablation", "configuration"), ("msst-coarse", "labels")),
+}
+
+
+def compared(title: str, file: Path) -> str:
+    """A row for each method of an evaluation of several; NAME-SEED are seeds of one method.
+
+    Over seeds it is their mean and half of the range.
+    """
+    methods = defaultdict(list)
+    for name, evaluation in json.loads(file.read_text()).items():
+        methods[re.sub(r"-\d+", "", name)].append(evaluation)
+    lines = [f"| {title} | " + " | ".join(MEASURES) + " |", "| --- |" + " ---: |" * len(MEASURES)]
+    for name, seeds in methods.items():
+        cells = []
+        for measure in MEASURES:
+            values = [seed["overall"][measure] for seed in seeds]
+            spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.4f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    first = seeds[0]
+    count = max(map(len, methods.values()))
+    means = f"; means of {count} seeds ± half of their range" if count > 1 else ""
+    lines += ["", f"{first['frames']} frames, protocol {first['protocol']}{means}."]
+    return "\n".join(lines)
+
+
+def print_tables(script: str, results: Path) -> None:
+    tables = [
+        compared(title, results / f"{name}.json")
+        for name, title in OF_SCRIPTS[script]
+        if (results / f"{name}.json").exists()
+    ]
+    labels = [
+        f"{name} labels: {json.loads(file.read_text())['overall']['MAE']:.1%} of the pixels wrong."
+        for name in ("coarse", "person")
+        if script == "msst" and (file := results / f"msst-labels-{name}.json").exists()
+    ]
+    print("\n\n".join([*tables, *labels]))
+
+
 def main() -> None:
-    results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--print"]:
+        print_tables(arguments[1], Path(arguments[2]) if len(arguments) > 2 else RESULTS)
+        return
+    results = Path(arguments[0]) if arguments else RESULTS
     text = PAGE.read_text()
     for name, (first, rows) in TABLES.items():
         begin, end = f"<!-- table:{name}:begin -->", f"<!-- table:{name}:end -->"

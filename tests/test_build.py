@@ -179,11 +179,11 @@ def test_cuda_module_loads_without_a_gpu():
 
 
 def tracked(*folders):
-    """The files of a checkout that a package has; a shell script of the recipes is not one."""
+    """The files of a checkout that a package has."""
     listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("not a checkout")
-    return set(listed.stdout.split()) - {"vsod_models/recipes/small.sh"}
+    return set(listed.stdout.split())
 
 
 def test_an_sdist_has_what_the_build_reads(tmp_path):

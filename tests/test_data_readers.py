@@ -1,6 +1,5 @@
 """Every trap of the datasets, on miniature trees."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 pytest.importorskip("cv2")
 Image = pytest.importorskip("PIL.Image")
 
-from trees import SIZE, davis, fbms, image, mask, segtrack, square, text  # noqa: E402
+from trees import SIZE, coco_tree, davis, fbms, image, mask, segtrack, square, text  # noqa: E402
 
 from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.data.readers import coco  # noqa: E402
@@ -324,32 +323,6 @@ def test_duts_as_published(tmp_path):
 
 
 # ---- coco
-
-BOX = [[20.0, 10.0, 90.0, 10.0, 90.0, 80.0, 20.0, 80.0]]  # x 20..90, y 10..80: 4900 pixels
-
-
-def coco_tree(root, images=12):
-    annotations = []
-
-    def add(image_id, category, segmentation, area, crowd=0):
-        annotations.append(dict(id=len(annotations), image_id=image_id, category_id=category,
-                                segmentation=segmentation, area=area, iscrowd=crowd))  # fmt: skip
-
-    for i in range(images):
-        image(root / "train2017" / f"{i:012d}.jpg", (100, 120))
-        add(i, 1, BOX, 4900.0)
-        add(i, 2, [[0, 0, 9, 0, 9, 9, 0, 9]], 81.0)  # too small for a group of its own
-    add(0, 1, [[100.0, 90.0, 110.0, 90.0, 110.0, 100.0, 100.0, 100.0]], 100.0)
-    add(1, 1, dict(counts=[12000], size=[100, 120]), 9000.0, crowd=1)
-    content = dict(
-        categories=[dict(id=1, name="polar bear"), dict(id=2, name="cup")],
-        images=[
-            dict(id=i, file_name=f"{i:012d}.jpg", height=100, width=120) for i in range(images)
-        ],
-        annotations=annotations,
-    )
-    text(root / "annotations/instances_train2017.json", json.dumps(content))
-    return root
 
 
 def test_coco_groups_of_five_images_of_one_category(tmp_path):

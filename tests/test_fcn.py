@@ -1,5 +1,7 @@
 """The networks under MSST's streams: sizes, dilation, weights from torchvision's files."""
 
+from urllib.error import URLError
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ pytest.importorskip("torchvision", reason="the extra `models` is not installed")
 import torchvision
 
 from vsod_models.errors import InputError
+from vsod_models.networks import backbones
 from vsod_models.networks.fcn import NAMES, DilatedMobileNetV2, LargeFOV, build_fcn
 
 
@@ -115,3 +118,29 @@ def test_what_cannot_be_loaded(tmp_path, vgg_file):
         build_fcn("resnet18", 3)
     with pytest.raises(InputError, match="output_stride"):
         build_fcn("vgg16", 3, output_stride=32)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        URLError(OSError(-3, "Temporary failure in name resolution")),
+        RuntimeError('invalid hash value (expected "397923af", got "da39a3ee")'),
+    ],
+)
+def test_weights_that_cannot_be_had(monkeypatch, error):
+    """No connection, or one that broke off: one line with the file to fetch elsewhere."""
+
+    class Entry:
+        url = "https://example.org/vgg16.pth"
+
+        def get_state_dict(self, **options):
+            raise error
+
+    models = backbones.torchvision.models
+    monkeypatch.setattr(models, "get_model_weights", lambda name: {"IMAGENET1K_V1": Entry()})
+    message = (
+        r"IMAGENET1K_V1 of vgg16 could not be downloaded .*`curl -O https://example\.org/vgg16"
+    )
+    with pytest.raises(InputError, match=message) as raised:
+        backbones.find_weights("vgg16", "IMAGENET1K_V1")
+    assert "\n" not in str(raised.value)

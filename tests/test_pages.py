@@ -70,7 +70,9 @@ def test_the_tests_have_every_extra():
 def test_the_map_names_what_is_there():
     """Every path in CONTRIBUTING.md, and every room of its tree."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    paths = re.findall(r"`((?:vsod_ops|vsod_models|csrc|tests|docs|benchmarks)/[^`\s]+)`", page)
+    paths = re.findall(
+        r"`((?:vsod_ops|vsod_models|csrc|tests|docs|recipes|benchmarks)/[^`\s]+)`", page
+    )
     top = ""
     for line in re.search(r"```\n(vsod_ops/.*?)```", page, re.S)[1].splitlines():
         indent, names = re.match(r"( *)((?:\S+  ?)*)", line).groups()
@@ -87,13 +89,41 @@ def test_the_map_names_what_is_there():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_name_files_that_are_there(page):
     """By their paths, or the ends of these."""
-    folders = ("benchmarks", "csrc", "docs", "tests", "vsod_models", "vsod_ops")
+    folders = ("benchmarks", "csrc", "docs", "recipes", "tests", "vsod_models", "vsod_ops")
     there = [f"/{path}" for folder in folders for path in (ROOT / folder).rglob("*.*")]
     there += [f"/{path}" for path in ROOT.glob("*.*")]
     text = page.read_text()
     there += [f"/{name}" for name in re.findall(r"<!-- example: (\S+) -->", text)]  # it makes these
     for named in re.findall(r"`([\w./-]+\.(?:py|h|cpp|cu|sh))[ :`]", text):
         assert any(path.endswith(f"/{named}") for path in there), named
+
+
+def lines_of_vsod():
+    """Every `vsod ...` of the pages' blocks, continued lines joined, comments dropped."""
+    found = {}
+    for page in PAGES:
+        for block in re.findall(r"^```.*?\n(.*?)^```", page.read_text(), re.S | re.M):
+            for line in block.replace("\\\n", " ").splitlines():
+                for step in re.findall(r"(?:^|&&)\s*(?:\S*/)?vsod (.*?)(?=&&|$)", line):
+                    found[f"{page.name}: {step}"[:90]] = shlex.split(step, comments=True)
+    return [pytest.param(arguments, id=name) for name, arguments in found.items()]
+
+
+@pytest.mark.parametrize("arguments", lines_of_vsod())
+def test_each_line_of_vsod_is_one_that_it_takes(arguments):
+    """By the command's own parser; of `vsod train` the recipe and its changes, too."""
+    typer = pytest.importorskip("typer", reason="the extra `models` is not installed")
+    from vsod_models import cli
+    from vsod_models.training.recipe import read_config
+
+    command, name, rest, context = typer.main.get_command(cli.app), "vsod", arguments, None
+    while hasattr(command, "commands"):  # a group
+        context = command.make_context(name, list(rest), parent=context)
+        words = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, words)
+    given = command.make_context(name, list(rest), parent=context).params
+    if name == "train" and arguments[0] == "train":
+        read_config(given["config"], given["overrides"] or [])
 
 
 def test_commits_are_linted_as_in_ci():

@@ -510,3 +510,9 @@ def test_files_and_folders_are_whole_or_not_there(tmp_path):
     assert file.read_bytes() == (folder / "x").read_bytes() == b"after"
     with pytest.raises(FileExistsError), whole_folder(folder):
         pass
+    with pytest.raises(ZeroDivisionError), whole_folder(folder, replace=True):
+        raise ZeroDivisionError
+    assert (folder / "x").read_bytes() == b"after"
+    with whole_folder(folder, replace=True) as part:
+        (part / "y").write_bytes(b"new")
+    assert [p.name for p in folder.iterdir()] == ["y"]

@@ -1,5 +1,7 @@
 """Miniature trees of datasets, for the tests of whoever reads them."""
 
+import json
+
 import numpy as np
 from PIL import Image
 
@@ -78,4 +80,32 @@ def segtrack(root):
         mask(root / "GroundTruth/bmx/2" / f"bmx_{t:05d}.png", square(rows=slice(4, 6)), "RGB")
         mask(root / "GroundTruth/penguin/1" / f"penguin_{t:05d}.png")
     mask(root / "GroundTruth/worm/0000000000.png")
+    return root
+
+
+# x 20..90, y 10..80: 4900 pixels
+BOX = [[20.0, 10.0, 90.0, 10.0, 90.0, 80.0, 20.0, 80.0]]
+
+
+def coco_tree(root, images=12):
+    annotations = []
+
+    def add(image_id, category, segmentation, area, crowd=0):
+        annotations.append(dict(id=len(annotations), image_id=image_id, category_id=category,
+                                segmentation=segmentation, area=area, iscrowd=crowd))  # fmt: skip
+
+    for i in range(images):
+        image(root / "train2017" / f"{i:012d}.jpg", (100, 120))
+        add(i, 1, BOX, 4900.0)
+        add(i, 2, [[0, 0, 9, 0, 9, 9, 0, 9]], 81.0)  # too small for a group of its own
+    add(0, 1, [[100.0, 90.0, 110.0, 90.0, 110.0, 100.0, 100.0, 100.0]], 100.0)
+    add(1, 1, dict(counts=[12000], size=[100, 120]), 9000.0, crowd=1)
+    content = dict(
+        categories=[dict(id=1, name="polar bear"), dict(id=2, name="cup")],
+        images=[
+            dict(id=i, file_name=f"{i:012d}.jpg", height=100, width=120) for i in range(images)
+        ],
+        annotations=annotations,
+    )
+    text(root / "annotations/instances_train2017.json", json.dumps(content))
     return root

@@ -109,10 +109,13 @@ def _claim(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `whole_file`, for a folder that does not exist yet or is empty."""
+def whole_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """As `whole_file`, for a folder that does not exist yet or is empty.
+
+    replace: a folder that is there is removed once the new one is whole.
+    """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear(path.parent)
@@ -122,6 +125,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o777 & ~umask)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
         try:
             os.replace(part, path)
         except OSError as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import InputError, Stopped, one_line
-from ..files import locked, whole_file
+from ..files import locked, whole_file, whole_folder
 from ..limits import check_plain
 from ..networks.contract import Trainable
 from ..networks.losses import POSITIVE_WEIGHTS
@@ -289,9 +289,10 @@ def _run(config: Config, resume: bool, callbacks: Sequence[Callback], progress: 
     if trainer.is_global_zero:
         made = copy.deepcopy(task.result)
         made.terms = config.terms
-        (made.half() if config.half else made).save_pretrained(out / "model")
-        if isinstance(prior, PretrainedModel):
-            prior.save_pretrained(out / "model" / "prior")  # so that the folder is all one needs
+        with whole_folder(out / "model", replace=True) as part:
+            (made.half() if config.half else made).save_pretrained(part)
+            if isinstance(prior, PretrainedModel):
+                prior.save_pretrained(part / "prior")  # so that the folder is all one needs
     return out / "model"
 
 

@@ -3,10 +3,11 @@
     annotations/instances_train2017.json    train2017/<id>.jpg
     annotations/instances_val2017.json      val2017/<id>.jpg
 
-This is how the unpublished "COCO-SEG" of the MSSA paper can be rebuilt: an image counts for a
-category when one of its instances has an area above 4000 pixels.  Its mask is the union of all
-instances of the category, the small ones too, since they look the same; an image with a crowd
-region of the category is left out, since a crowd's outline is not the objects'.
+This stands for the "COCO-SEG" of the MSSA paper, which is not to be had, as UFO, its closest public
+relative, rebuilds it: an image counts for a category when one of its instances has an area above
+4000 pixels.  Its mask is the union of all instances of the category, the small ones too, since they
+look the same; an image with a crowd region of the category is left out, since a crowd's outline is
+not the objects'.
 """
 
 from __future__ import annotations
