@@ -354,6 +354,13 @@ NAN = float("nan")
         (
             P,
             IMAGE,
+            {"gaussian_weight": 1e308},
+            ValueError,
+            "gaussian_weight must be at most 1e[+]30",
+        ),
+        (
+            P,
+            IMAGE,
             {"bilateral_weight": "5"},
             TypeError,
             "bilateral_weight must be a number, got str",

@@ -1,8 +1,11 @@
 """Names that stay inside a folder, files that are written whole, locks."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -122,3 +125,82 @@ def test_a_folder_is_locked_as_long_as_its_process_lives(tmp_path):
         other.wait()
     with locked(tmp_path, "a training"):
         pass
+
+
+def test_what_fails_leaves_no_new_folder(tmp_path):
+    (tmp_path / "there").mkdir()
+    for write in (whole_file, whole_folder):
+        for folder in ("new/deep", "there"):
+            with pytest.raises(ValueError, match="stop"), write(tmp_path / folder / "x.json"):
+                raise ValueError("stop")
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+    with pytest.raises(ValueError, match="stop"), whole_file(tmp_path / "shared/x"):
+        (tmp_path / "shared/theirs").write_text("")
+        raise ValueError("stop")
+    assert [p.name for p in (tmp_path / "shared").iterdir()] == ["theirs"]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "model"
+    for content in ("first", "second"):
+        with whole_folder(path, replace=True) as part:
+            (part / content).write_text("")
+        assert [p.name for p in path.iterdir()] == [content]
+    with pytest.raises(OSError, match="full"), whole_folder(path, replace=True) as part:
+        (part / "third").write_text("")
+        raise OSError(28, "full")
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "second"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_claim_a_name_over_a_slow_network_one_wins(tmp_path, monkeypatch, links):
+    """A rename or link of a network file system takes its time; the names are seen meanwhile."""
+
+    def slow(function):
+        def call(*arguments):
+            time.sleep(0.1)
+            done = function(*arguments)
+            time.sleep(0.1)
+            return done
+
+        return call
+
+    def no_links(*_):
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "replace", slow(os.replace))
+    monkeypatch.setattr(os, "link", slow(os.link) if links else no_links)
+    together = threading.Barrier(2)
+
+    def write(content, path):
+        try:
+            if path.suffix:
+                with whole_file(path, new=True) as part:
+                    part.write_text(content)
+                    together.wait()
+            else:
+                with whole_folder(path) as part:
+                    (part / content).write_text(content)
+                    together.wait()
+        except OSError as error:
+            return str(error.filename)
+        return content
+
+    for path in (tmp_path / "masks.mp4", tmp_path / "maps"):
+        with concurrent.futures.ThreadPoolExecutor(2) as both:
+            results = list(both.map(write, ("one", "two"), (path, path)))
+        assert results.count(str(path)) == 1, results
+        (won,) = set(results) - {str(path)}
+        assert (path if path.suffix else path / won).read_text() == won
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["maps", "masks.mp4"]
+
+
+def test_a_claim_whose_rename_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(5, "input/output error")
+
+    monkeypatch.setattr(os, "link", fails)
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError), whole_file(tmp_path / "masks.mp4", new=True) as part:
+        part.write_text("mine")
+    assert not list(tmp_path.iterdir())

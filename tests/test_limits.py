@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vsod_models.errors import InputError
 from vsod_models.limits import Backend, check_arguments
+from vsod_models.networks.backbones import Backbone
 from vsod_models.networks.mssa import MSSA
 from vsod_models.networks.msst import MSST
 from vsod_models.networks.saved import build_model
@@ -139,6 +140,22 @@ def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: weights that are NaN or infinite"):
         load_model(folder)
+
+
+def test_initial_weights_that_are_no_numbers_are_refused(tmp_path):
+    """Those of a backbone, and those of an earlier stage."""
+    backbone = Backbone("vgg11", (8, 16), width=0.125)
+    state = backbone.body.state_dict()
+    next(iter(state.values())).view(-1)[0] = math.nan
+    torch.save(state, tmp_path / "vgg.pth")
+    with pytest.raises(InputError, match=r"vgg\.pth: weights that are NaN or infinite \(in "):
+        backbone.load_weights(tmp_path / "vgg.pth")
+    later = MSST("st", backbone="vgg16", width=0.125)
+    state = MSST("os", backbone="vgg16", width=0.125).state_dict()
+    later.load_initial(state)
+    next(iter(state.values())).view(-1)[0] = math.inf
+    with pytest.raises(InputError, match="first stage: weights that are NaN or infinite"):
+        later.load_initial(state, "first stage")
 
 
 OVERRIDES = [

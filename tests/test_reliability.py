@@ -1,5 +1,6 @@
 """What `vsod` promises of input that nobody meant: one line, nothing lost, nothing outside."""
 
+import copy
 import hashlib
 import io
 import json
@@ -32,7 +33,9 @@ from vsod_models.media import sound  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.media.writing import open_writer  # noqa: E402
 from vsod_models.networks.contract import SaliencyModel  # noqa: E402
+from vsod_models.networks.mssa import MSSA  # noqa: E402
 from vsod_models.prediction import VideoPredictor  # noqa: E402
+from vsod_models.zoo import load_model  # noqa: E402
 
 
 def snapshot(root):
@@ -188,6 +191,149 @@ def test_a_stopped_training_says_what_it_kept_and_one_folder_takes_one(tmp_path,
         "last.ckpt is the last checkpoint; --resume goes on from it"
     )
     assert not [p for p in (tmp_path / "run").iterdir() if ".part" in p.name]
+
+
+def limited(tmp_path, preparation, *arguments):
+    """`vsod ...` in a process that runs `preparation` first."""
+    lines = [preparation, "from vsod_models.cli import main; import sys", "main(sys.argv[1:])"]
+    return subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), *map(str, arguments)],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(tmp_path):
+    """Files end at 64 kB, as they do at a quota."""
+    pytest.importorskip("lightning")
+    pytest.importorskip("skimage")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))"
+    done = limited(tmp_path, limit, "train", "--config", "recipe.yaml", "out=run", "iterations=4")
+    assert done.returncode == 2, done
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"vsod: {tmp_path}/run/last.ckpt: cannot be written, is the disk full?"
+    ), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [p for p in (tmp_path / "run").rglob("*") if ".part" in p.name]
+    assert not (tmp_path / "run/last.ckpt").exists()
+
+
+def test_a_disk_that_is_full_at_the_model_keeps_the_former_one(tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    pytest.importorskip("skimage")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    arguments = [f"out={tmp_path / 'run'}", "iterations=2"]
+    from safetensors import SafetensorError
+
+    from vsod_models.training.recipe import read_config
+    from vsod_models.training.run import train
+
+    config = read_config(tmp_path / "recipe.yaml", arguments)
+    before = snapshot(train(config))
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_model", full)
+    config.iterations = 4
+    with pytest.raises(InputError, match=r"model: cannot be written: .*No space left"):
+        train(config, resume=True)
+    assert snapshot(tmp_path / "run/model") == before
+    assert not [p for p in (tmp_path / "run").iterdir() if ".part" in p.name]
+
+
+# Root may write everywhere, and so do the tests of many machines: give that right up.
+HUMBLE = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+if os.geteuid() == 0:
+    for right in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert libc.prctl(24, right, 0, 0, 0) == 0, ctypes.get_errno()  # out of the bounding set
+    if "HUMBLE" not in os.environ:  # which counts from the next program on
+        import sys
+        os.environ["HUMBLE"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+"""
+
+# Every command that writes, into a folder where it may not; and one that reads what it may not.
+READ_ONLY = """
+import sys
+from vsod_models.cli import main
+
+for line in open(sys.argv[1]):
+    print("run", line.strip(), flush=True)
+    print("run", line.strip(), file=sys.stderr, flush=True)
+    try:
+        main(line.split())
+    except SystemExit as stop:
+        print("code", stop.code, file=sys.stderr, flush=True)
+"""
+
+
+def test_a_folder_where_nothing_may_be_written_is_one_line(tmp_path):
+    pytest.importorskip("skimage")
+    davis(tmp_path / "set", split="val")
+    make_video(tmp_path / "clip.mp4", 3)
+    (tmp_path / "locked").mkdir()
+    image(tmp_path / "locked/kept.png")
+    unreadable = tmp_path / "secret.mp4"
+    unreadable.write_bytes((tmp_path / "clip.mp4").read_bytes())
+    data = "--dataset folder --data set"
+    commands = [
+        "predict clip.mp4 -o locked/masks.mp4 --size 32x32",
+        "predict clip.mp4 -o locked/new/deep --size 32x32",
+        "predict clip.mp4 -o locked --overwrite --size 32x32",
+        f"predict {data} -o locked --size 32x32",
+        f"eval --pred set/Annotations/480p {data} --workers 1 --json locked/x.json",
+        "data synthetic locked/set --clips 1 --val-clips 1 --frames 2 --height 32 --width 32",
+        "data prepare davis16 set locked/copy --split val --partial",
+        "label coarse folder set -o locked/labels --split val --maps minimum-barrier",
+        "example locked/clip.mp4 --seconds 0.1",
+        "predict secret.mp4 -o masks.mp4 --size 32x32",
+    ]
+    (tmp_path / "commands").write_text("\n".join(commands))
+    before = snapshot(tmp_path)
+    (tmp_path / "locked").chmod(0o555)
+    unreadable.chmod(0o000)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", HUMBLE + READ_ONLY, "commands"], capture_output=True, text=True,
+            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    finally:
+        (tmp_path / "locked").chmod(0o755)
+        unreadable.chmod(0o644)
+    assert done.returncode == 0, done.stderr
+    runs = done.stderr.split("run ")[1:]
+    assert len(runs) == len(commands), done.stderr
+    for run in runs:
+        _, *said, code = run.strip().splitlines()
+        assert code == "code 2" and len(said) == 1 and said[0].startswith("vsod: "), run
+        assert "locked" in said[0] or "secret" in said[0], run
+        assert "permission denied" in said[0].lower(), run
+    assert snapshot(tmp_path) == before
+
+
+def test_a_failing_eval_leaves_no_folder(tmp_path, capsys):
+    root = davis(tmp_path / "set", split="val")
+    (tmp_path / "maps").mkdir()
+    call = ("eval", "--pred", tmp_path / "maps", "--dataset", "folder", "--data", root)
+    refused(vsod(capsys, *call, "--json", tmp_path / "new/deep/x.json"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_is_not_said_as_several(tmp_path, capsys):
+    target = tmp_path / "set"
+    sizes = ("--frames", 1, "--height", 32, "--width", 32)
+    _, said, _ = vsod(capsys, "data", "synthetic", target, "--clips", 1, "--val-clips", 1, *sizes)
+    assert "clips of 1 frame, 32x32" in said
+    _, said, _ = vsod(capsys, "data", "check", "folder", target, "--split", "val", "--jobs", 1)
+    assert "folder val: 1 sequence, 1 frame, 1 mask\n" in said
+    maps = target / "Annotations/480p"
+    score = ("eval", "--pred", maps, "--dataset", "folder", "--data", target, "--workers", 1)
+    _, said, err = vsod(capsys, *score, "--protocol", "frame")
+    assert "Used: 1 frame of 1 sequence." in said, err
 
 
 # ---- pictures
@@ -369,17 +515,45 @@ def test_maps_that_something_else_made_are_not_taken_for_new_ones(tmp_path, caps
     assert snapshot(out) == before
     (out / "bear/.vsod.json").unlink()
     refused(vsod(capsys, *call), "do not say what made them", "--overwrite")
+    (out / "bear/mine.png").write_bytes(b"mine")
     assert "5 frames of 2 sequences" in vsod(capsys, *call, "--overwrite")[1]
     (out / "bear/00001.png").unlink()
     refused(vsod(capsys, *call), "1 of its 3 maps are missing", "--overwrite")
     code, said, _ = vsod(capsys, *call, "--overwrite")
+    assert (out / "bear/mine.png").read_bytes() == b"mine"
+    (out / "bear/mine.png").unlink()
     assert snapshot(out) == before
+    load_model("vsod-mobile").save_pretrained(tmp_path / "renamed")
+    code, said, err = vsod(capsys, *call, "--model", tmp_path / "renamed")
+    assert code == 0 and "0 frames of 2 sequences" in said, err  # it is the same model
+    for folder in ("JPEGImages", "Annotations"):
+        file = next((root / folder / "480p/bear").glob("00002.*"))
+        file.rename(tmp_path / f"{folder}{file.suffix}")
+    listed = root / "ImageSets/480p/val.txt"
+    lines = listed.read_text().splitlines(keepends=True)
+    listed.write_text("".join(line for line in lines if "bear/00002" not in line))
+    refused(vsod(capsys, *call), "bear: its maps were made of other frames", "--overwrite")
+    assert "4 frames of 2" in vsod(capsys, *call, "--overwrite")[1]
+    assert not (out / "bear/00002.png").exists()
     score = ("eval", "--pred", out, "--dataset", "folder", "--data", root, "--workers", 1)
     assert "Made by vsod predict: vsod-mobile (" in vsod(capsys, *score)[1]
     for record in out.glob("*/.vsod.json"):
         record.unlink()
     code, said, _ = vsod(capsys, *score)
     assert code == 0 and "Made by" not in said
+
+
+def test_one_model_is_known_by_its_weights_and_its_arguments():
+    options = dict(backbone="vgg11", backbone_options={"width": 0.125}, levels=[8, 16], skips=[4],
+                   num_heads=[2, 4], dim=16, depth=1, feed_forward=16, decoder_dim=8,
+                   clip_length=2, image_size=[32, 32])  # fmt: skip
+    model = MSSA(**options)
+    other = MSSA(**options, keep_aspect=True)  # the same weights, other masks
+    other.load_state_dict(model.state_dict())
+    known = [
+        VideoPredictor(m, "cpu").record()["hash"] for m in (model, copy.deepcopy(model), other)
+    ]
+    assert known[0] == known[1] != known[2]
 
 
 class Broken(SaliencyModel):

@@ -66,8 +66,11 @@ def whole_file(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[P
     new: FileExistsError where `path` exists when the block ends, whoever made it meanwhile.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clear(path.parent)
+    with _folder(path.parent):
+        yield from _whole_file(path, new)
+
+
+def _whole_file(path: Path, new: bool) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(
             prefix=temporary_prefix(path), suffix=".part" + path.suffix, dir=path.parent
@@ -105,7 +108,11 @@ def _claim(part: Path, path: Path) -> None:
         ) from None
     except OSError:  # a file system without links
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError:
+            path.unlink()
+            raise
 
 
 @contextlib.contextmanager
@@ -117,18 +124,28 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
     path = Path(path)
     if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clear(path.parent)
+    with _folder(path.parent):
+        yield from _whole_folder(path, replace)
+
+
+def _whole_folder(path: Path, replace: bool) -> Iterator[Path]:
     part = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".part", dir=path.parent))
     try:
         yield part
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o777 & ~umask)
-        if replace:
-            shutil.rmtree(path, ignore_errors=True)
         try:
-            os.replace(part, path)
+            if replace and path.exists():
+                os.replace(path, former := part.with_name(part.name + ".part"))
+                try:
+                    os.replace(part, path)
+                except OSError:
+                    os.replace(former, path)
+                    raise
+                shutil.rmtree(former, ignore_errors=True)
+            else:
+                os.replace(part, path)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -141,6 +158,21 @@ def temporary_folder(name: str) -> Path:
     _clear(parent)
     prefix = temporary_prefix(parent / name)
     return Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=parent))
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Makes a folder to write to; if the block fails, those that are empty again go."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    _clear(path)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
 import signal
@@ -205,7 +206,10 @@ class VideoPredictor:
 
     def record(self) -> dict[str, Any]:
         """What its masks depend on: the model's hash, and the options."""
-        digest = hashlib.sha256()
+        arguments = dict(getattr(self.model, "_hub_mixin_config", None) or {})
+        arguments.pop("backend", None)  # computes the same
+        about = [type(self.model).__name__, arguments]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         for name, value in self.model.state_dict().items():
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -655,6 +659,7 @@ def _predict_dataset(
         folder = inside(output, sequence)
         source = Recorded(frames)
         if sequence not in kept:
+            left_over = maps.left_over(folder, [r.name for r in frames])
             with open_writer(folder, source, overwrite=overwrite) as writer:
                 for result in predictor.stream(source):
                     picture = VIEWS[view or "mask"](result.frame, result.saliency, (255, 255, 255))
@@ -664,6 +669,8 @@ def _predict_dataset(
                 writer.close()
                 assert isinstance(writer, Png)
                 maps.write_record(writer.path, made_by, [r.name for r in frames])
+            for path in left_over:
+                path.unlink(missing_ok=True)
         else:
             done += len(frames)
     return written

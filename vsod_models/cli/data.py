@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .progress import track
+from .progress import counted, track
 
 DatasetName = Annotated[
     str,
@@ -34,8 +34,8 @@ def check(
     for part in split or find_dataset(name).splits:
         report = check(name, root, part, jobs=jobs, track=track(f"{name} {part}"))
         print(
-            f"{name} {part}: {report.sequences} sequences, {report.frames} frames, "
-            f"{report.masks} masks"
+            f"{name} {part}: {counted(report.sequences, 'sequence')}, "
+            f"{counted(report.frames, 'frame')}, {counted(report.masks, 'mask')}"
         )
         for kind in ("problems", "warnings", "notes"):
             for line in getattr(report, kind):
@@ -59,7 +59,8 @@ def prepare(
 
     read = prepare(name, source, target, split, partial=partial, track=track("writing"))
     for part, records in read.items():
-        print("{}: {} sequences, {} frames, {} masks".format(part, *count(records)))
+        numbers = zip(count(records), ("sequence", "frame", "mask"), strict=True)
+        print(f"{part}: {', '.join(counted(number, what) for number, what in numbers)}")
 
 
 def synthetic(
@@ -81,4 +82,4 @@ def synthetic(
         options = dict(frames=frames, size=(height, width), seed=seed, photos=photos)
         read[part] = open_dataset("synthetic", None, part, clips=count, **options)
     write(read, target, track("writing"))
-    print(f"{target}: {clips} + {val_clips} clips of {frames} frames, {width}x{height}")
+    print(f"{target}: {clips} + {val_clips} clips of {counted(frames, 'frame')}, {width}x{height}")

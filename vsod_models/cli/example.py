@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .progress import counted
+
 
 def example(
     output: Annotated[Path, typer.Argument(help=".mp4 .mov .webm .gif, or a folder for PNG.")],
@@ -18,4 +20,4 @@ def example(
     from ..media.example import write_example
 
     frames = write_example(output, photo, seconds, overwrite=overwrite)
-    print(f"{output}: {frames} frames of {photo}")
+    print(f"{output}: {counted(frames, 'frame')} of {photo}")

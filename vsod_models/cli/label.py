@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .progress import progress
+from .progress import counted, progress
 
 
 def coarse(
@@ -96,6 +96,6 @@ def coarse(
         )  # fmt: skip
     parts = [f"{w:.2f} {s}" for w, s in zip(manifest["weights"], sources, strict=True)]
     print(
-        f"{out}: {len(manifest['frames'])} labels ({', '.join(parts)}), "
-        f"{len(manifest['skipped'])} frames skipped"
+        f"{out}: {counted(len(manifest['frames']), 'label')} ({', '.join(parts)}), "
+        f"{counted(len(manifest['skipped']), 'frame')} skipped"
     )

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from ..files import whole_folder
-from .progress import progress
+from .progress import counted, progress
 
 
 def train(
@@ -55,7 +55,8 @@ def train(
     with whole_folder(out) as part:
         model.save_pretrained(part)
     print(
-        f"{out}: {report['regions']:.0f} regions of {report['frames']:.0f} frames, loss "
+        f"{out}: {counted(int(report['regions']), 'region')} of "
+        f"{counted(int(report['frames']), 'frame')}, loss "
         f"{report['loss']:.4f} on them ({report['loss of the mean']:.4f} for always the mean)"
     )
 
@@ -77,4 +78,5 @@ def make(
     records, source = open_dataset(dataset, root, split), load_prior(prior)
     with progress("Motion priors", len(records)) as step:
         make_priors(records, source, cache, on_frame=step)
-    print(f"{len(records)} priors by {prior} in {(cache or default_cache()) / source.key()}")
+    made = counted(len(records), "prior")
+    print(f"{made} by {prior} in {(cache or default_cache()) / source.key()}")

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..evaluation.evaluator import Evaluation, frame_count, listed
 from ..evaluation.measures import MEASURES
 from ..evaluation.protocols import PROTOCOLS
+from .progress import counted
 
 
 def show(evaluations: Mapping[str, Evaluation], console: Console) -> None:
@@ -21,7 +22,7 @@ def show(evaluations: Mapping[str, Evaluation], console: Console) -> None:
     say(f"{first.dataset}, protocol {first.protocol}: {PROTOCOLS[first.protocol].summary}.")
     if first.skipped:
         count = frame_count(first.skipped)
-        say(f"Skipped by the protocol, {count} frames: {listed(first.skipped)}.")
+        say(f"Skipped by the protocol, {counted(count, 'frame')}: {listed(first.skipped)}.")
     if first.kept_whole:
         names = ", ".join(first.kept_whole)
         say(f"Kept whole, having fewer than 3 annotated frames: {names}.")
@@ -61,10 +62,12 @@ def _row(
 def _notes(evaluation: Evaluation) -> Iterable[str]:
     if evaluation.makers:
         yield f"Made by vsod predict: {'; '.join(evaluation.makers)}."
-    yield f"Used: {sum(evaluation.frames.values())} frames of {len(evaluation.frames)} sequences."
+    used = counted(sum(evaluation.frames.values()), "frame")
+    yield f"Used: {used} of {counted(len(evaluation.frames), 'sequence')}."
     if evaluation.missing:
         missing = evaluation.missing
-        yield f"Missing and left out, {frame_count(missing)} predictions: {listed(missing)}."
+        count = counted(frame_count(missing), "prediction")
+        yield f"Missing and left out, {count}: {listed(missing)}."
     if evaluation.flicker:
         ours, truth = evaluation.flicker.predictions, evaluation.flicker.truth
         factor = f", {ours / truth:.2f} times" if truth else ", with"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import read_json
+from ..files import is_plain, read_json
 
 RECORD = ".vsod.json"
 
@@ -42,10 +42,13 @@ def are_made_by(made_by: Mapping[str, Any], folder: Path, frames: Sequence[str])
     if record is None:
         raise InputError(f"{folder}: holds maps that do not say what made them; {again}")
     for key, value in made_by.items():
-        if record.get(key) != value:
+        # The hash says which model; its name is what somebody called it.
+        if key != "model" and record.get(key) != value:
             raise InputError(
                 f"{folder}: its maps were made with {key} {record.get(key)}, not {value}; {again}"
             )
+    if record.get("frames") != list(frames):
+        raise InputError(f"{folder}: its maps were made of other frames; {again}")
     missing = [name for name in frames if not (folder / f"{name}.png").is_file()]
     if missing:
         raise InputError(
@@ -53,6 +56,17 @@ def are_made_by(made_by: Mapping[str, Any], folder: Path, frames: Sequence[str])
             f"{missing[0]}.png; {again}"
         )
     return True
+
+
+def left_over(folder: Path, frames: Sequence[str]) -> list[Path]:
+    """Maps of frames that there were when the maps in a folder were made, and are no more."""
+    try:
+        before = (read_record(folder) or {}).get("frames")
+    except InputError:
+        before = None
+    names = before if isinstance(before, list) else []
+    gone = [name for name in names if isinstance(name, str) and name not in set(frames)]
+    return [folder / f"{name}.png" for name in gone if is_plain(name)]
 
 
 def makers(folder: Path, sequences: Sequence[str]) -> list[str]:

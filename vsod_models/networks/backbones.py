@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError, one_line
 from . import light_torchvision as torchvision
 from .light_torchvision import create_feature_extractor, vgg
+from .saved import check_finite
 
 # torchvision's ImageNet statistics, RGB in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -161,7 +162,9 @@ def find_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
     """The state dict of a file or of torchvision's weights, and its name for messages."""
     path = Path(weights)
     if path.suffix in (".pth", ".pt", ".safetensors"):
-        return read_weights(path), str(path)
+        state = read_weights(path)
+        check_finite(state, str(path))
+        return state, str(path)
     return fetch_weights(name, str(weights)), f"{name} {weights}"
 
 

@@ -29,6 +29,7 @@ from .backbones import MEAN, STD
 from .contract import Loss, Trainable
 from .fcn import build_fcn
 from .losses import LossOptions, msst_loss
+from .saved import check_finite
 
 CONFIGURATIONS = ("os", "st", "full")
 PRIORS = ("flow-magnitude", "regions")
@@ -208,6 +209,7 @@ class MSST(Trainable):
                 f"parameters missing, {len(unfit)} unknown or of another shape "
                 f"(first: {(missing + unfit)[0]})"
             )
+        check_finite(state, source)
         self.load_state_dict({**own, **state})
 
 

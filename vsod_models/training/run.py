@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -289,10 +290,13 @@ def _run(config: Config, resume: bool, callbacks: Sequence[Callback], progress: 
     if trainer.is_global_zero:
         made = copy.deepcopy(task.result)
         made.terms = config.terms
-        with whole_folder(out / "model", replace=True) as part:
-            (made.half() if config.half else made).save_pretrained(part)
-            if isinstance(prior, PretrainedModel):
-                prior.save_pretrained(part / "prior")  # so that the folder is all one needs
+        try:
+            with whole_folder(out / "model", replace=True) as part:
+                (made.half() if config.half else made).save_pretrained(part)
+                if isinstance(prior, PretrainedModel):
+                    prior.save_pretrained(part / "prior")  # so that the folder is all one needs
+        except SafetensorError as error:  # a full disk
+            raise InputError(f"{out / 'model'}: cannot be written: {one_line(error)}") from None
     return out / "model"
 
 

@@ -37,6 +37,7 @@ PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 
 MAX_ITERATIONS = 1000
+MAX_WEIGHT = 1e30  # its products with messages are float32
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _IMAGE_DTYPES = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -133,6 +134,8 @@ def _check_numbers(numbers: Mapping[str, float]) -> None:
         if name.endswith("_weight"):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+            if value > MAX_WEIGHT:
+                raise ValueError(f"{name} must be at most {MAX_WEIGHT:g}, got {value}")
         elif value <= 0:
             raise ValueError(f"{name} must be above zero, got {value}")
 
