@@ -62,18 +62,18 @@ def opaque(value):
     """A number, or a tuple of tuples of numbers, for kernels to read with `number`.
 
     Inside a tuple Triton compiles anew for every number that is 1 or a multiple of 16, whatever
-    the kernel asks for.  2 n + 3 is neither.  Numbers must not be negative.
+    the kernel asks for.  4 n + 2 is neither.  Numbers must not be negative.
     """
     if isinstance(value, int):
-        return 2 * value + 3
+        return 4 * value + 2
     numbers = map(opaque, value)
     return type(value)(*numbers) if hasattr(value, "_fields") else tuple(numbers)
 
 
 @triton.jit
 def number(value):
-    """The number that `opaque` hid."""
-    return (value >> 1) - 1
+    """The number that `opaque` hid.  One operation: a second one costs registers that spill."""
+    return value >> 2
 
 
 class Timings:
