@@ -28,6 +28,7 @@ from vsod_models import zoo
 from vsod_models.networks.foreign import from_factory
 from vsod_models.networks.mssa import MSSA
 from vsod_models.networks.onnx import METADATA, metadata_of
+from vsod_models.networks.sam2 import Sam2Refiner, surest
 from vsod_models.prediction import VideoPredictor
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -516,3 +517,74 @@ def test_what_is_wrong_with_a_repository_is_one_line(tmp_path, capsys, monkeypat
         given = ("--model", f"transformers:{name}", "-o", tmp_path / "out.mp4")
         refused(vsod(capsys, "predict", tmp_path / "clip.mp4", *given), words)
     assert not (tmp_path / "ran").exists()
+
+
+# ---- SAM 2
+
+
+@pytest.fixture(scope="module")
+def tiny_sam2(tmp_path_factory):
+    """A folder with a video SAM 2 of random weights, for pictures of 64x64."""
+    transformers = pytest.importorskip("transformers")
+    backbone = dict(
+        model_type="sam2_hiera_det_model", hidden_size=8, num_attention_heads=1,
+        image_size=[64, 64], embed_dim_per_stage=[8, 16, 32, 64], blocks_per_stage=[1, 1, 2, 1],
+        num_attention_heads_per_stage=[1, 1, 1, 1], global_attention_blocks=[3],
+        window_size_per_stage=[8, 4, 4, 4], window_positional_embedding_background_size=[4, 4],
+    )  # fmt: skip
+    vision = dict(
+        model_type="sam2_vision_model", backbone_config=backbone, fpn_hidden_size=128,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+    )  # fmt: skip
+    decoder = dict(hidden_size=128, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
+    config = transformers.Sam2VideoConfig(
+        vision_config=vision, prompt_encoder_config=dict(hidden_size=128, image_size=64),
+        mask_decoder_config=decoder, image_size=64, memory_attention_hidden_size=128,
+        memory_attention_num_layers=1, memory_attention_feed_forward_hidden_size=32,
+        memory_attention_rope_feat_sizes=[4, 4], memory_encoder_hidden_size=128,
+        mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
+        memory_fuser_intermediate_dim=32, memory_fuser_num_layers=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("sam2")
+    transformers.Sam2VideoModel(config).save_pretrained(folder)
+    size, masks = dict(height=64, width=64), dict(height=16, width=16)
+    transformers.Sam2VideoProcessor(
+        transformers.Sam2ImageProcessor(size=size, mask_size=masks),
+        transformers.Sam2VideoVideoProcessor(size=size), target_size=64,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_the_surest_mask_is_the_prompt_and_the_rest_is_tracked(tiny_sam2):
+    refine = Sam2Refiner(str(tiny_sam2))
+    pictures = [np.random.default_rng(i).integers(0, 255, (48, 80, 3), np.uint8) for i in range(5)]
+    saliency = [np.zeros((48, 80), np.float32) for _ in pictures]
+    assert surest(saliency) is None
+    assert all(a is b for a, b in zip(refine(pictures, saliency), saliency, strict=True))
+    saliency[2][10:30, 20:50] = 0.9
+    saliency[3][10:30, 20:50] = 0.6
+    saliency[3][0] = 0.3  # less sure
+    assert surest(saliency) == 2
+    made = refine(pictures, saliency)
+    assert [m.shape for m in made] == [(48, 80)] * 5
+    # The prompt comes back as it is, at SAM 2's size; every other frame was tracked.
+    assert made[2][20, 35] > 0.99 and made[2][40, 70] < 0.01
+    for index in (0, 1, 3, 4):
+        assert not np.array_equal(made[index], saliency[index]) and np.isfinite(made[index]).all()
+
+
+def test_refining_on_the_command(tiny_sam2, tmp_path, capsys):
+    make_video(tmp_path / "clip.mp4", frames=30)
+    out = ("-o", tmp_path / "out.mp4", "--model", "mssa-tiny", "--device", "cpu")
+    sam2 = ("--refine", f"sam2:{tiny_sam2}")
+    code, printed, err = vsod(capsys, "predict", tmp_path / "clip.mp4", *out, *sam2)
+    assert code == 0 and f"refined by sam2:{tiny_sam2}" in printed, err
+    assert len(decode(tmp_path / "out.mp4")[0]) == 30
+    out = (*out, "--overwrite")
+    for given, words in (
+        (("--refine", "sam3:x"), "--refine sam3:x: sam2:owner/name is needed"),
+        (("--refine", "sam2:nobody"), "owner/name or a folder is needed"),
+        ((*sam2, "--causal"), "frames that are to come"),
+    ):
+        refused(vsod(capsys, "predict", tmp_path / "clip.mp4", *out, *given), words)

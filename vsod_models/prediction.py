@@ -12,9 +12,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from .media.views import VIEWS, check_view
 from .media.writing import Png, open_writer
 from .networks.contract import SaliencyModel
 from .networks.inference import for_inference
+from .networks.sam2 import FRAMES, Sam2Refiner
 from .prior.motion import motion
 
 
@@ -108,6 +109,7 @@ class VideoPredictor:
             prior, and frames that bring none; the neighbour is the next frame, and for the last
             one the frame before it.
         name: of the model, for `describe`.
+        refine: tracks the surest of these masks, :mod:`vsod_models.networks.sam2`.
         causal: a frame is masked as soon as it comes, as the last one of a window; a motion prior
             is that of the flow to the frame before.
 
@@ -126,6 +128,7 @@ class VideoPredictor:
         crf: str | None = None,
         prior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
         name: str | None = None,
+        refine: Sam2Refiner | None = None,
         causal: bool = False,
     ):
         self.device = choose_device(device)
@@ -146,6 +149,9 @@ class VideoPredictor:
                 f"overlap must be 0 to {self.length - 1} for windows of {self.length} frames, "
                 f"got {overlap}"
             )
+        if causal and refine is not None:
+            raise InputError("refine sees frames that are to come; it cannot be causal")
+        self.refine = refine
         self.causal = causal
         self.last = causal or model.outputs == "last"  # a window gives the mask of its last frame
         self.stride = 1 if self.last else self.length - overlap
@@ -200,6 +206,8 @@ class VideoPredictor:
         lines = [f"device {device}", model, str(self.dtype).removeprefix("torch.")]
         for op, names in chosen.items():
             lines.append(f"{op} on backend {' and '.join(sorted(names))}")
+        if self.refine is not None:
+            lines.append(f"refined by {self.refine.name}")
         if self.prior_name:
             lines.append(f"prior {self.prior_name}")
         return ", ".join(lines)
@@ -222,7 +230,9 @@ class VideoPredictor:
             "precision": str(self.dtype).removeprefix("torch."),
             "crf": self.crf,
             "prior": prior.key() if prior is not None and hasattr(prior, "key") else None,
-        } | ({"causal": True} if self.causal else {})
+            **({"causal": True} if self.causal else {}),
+            **({} if self.refine is None else {"refine": self.refine.name}),
+        }
 
     def stream(
         self,
@@ -243,8 +253,16 @@ class VideoPredictor:
             for clip in self._clips(frames):
                 chunks = self._encoded(clip)
                 held = self._last(chunks) if self.last else self._all(chunks)
-                for one in held:
-                    yield Result(one.frame, self._saliency(one))
+                results = (Result(one.frame, self._saliency(one)) for one in held)
+                yield from results if self.refine is None else self._refined(results)
+
+    def _refined(self, results: Iterator[Result]) -> Iterator[Result]:
+        assert self.refine is not None
+        for _, same in groupby(results, lambda result: result.frame.shape):
+            while part := list(islice(same, FRAMES)):
+                made = self.refine([r.frame for r in part], [r.saliency for r in part])
+                for result, saliency in zip(part, made, strict=True):
+                    yield replace(result, saliency=saliency)
 
     def predict_clip(self, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Frames (H, W, 3) uint8 RGB -> the saliency (H, W) float32 in [0, 1] of each."""
@@ -437,6 +455,7 @@ def load_predictor(
     prior: str | None = None,
     options: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
+    refine: str | None = None,
     **others: Any,
 ) -> VideoPredictor:
     """A model by its name, with the motion prior that it needs.
@@ -444,6 +463,7 @@ def load_predictor(
     Args:
         model, options, trust_remote_code: see :func:`vsod_models.zoo.load_model`.
         prior: see :func:`vsod_models.prior.load.load_prior`; None: the one it was trained with.
+        refine: "sam2:owner/name" or "sam2:FOLDER".
         device, size, others: see `VideoPredictor`.
 
     Raises:
@@ -460,7 +480,14 @@ def load_predictor(
         prior = prior or prior_of(model)
         make_prior = functools.partial(frame_prior, load_prior(prior).to(choose_device(device)))
     name = Path(model).name if Path(model).exists() else model
-    predictor = VideoPredictor(loaded, device, size, prior=make_prior, name=name, **others)
+    refiner = None
+    if refine is not None:
+        if not refine.startswith("sam2:"):
+            raise InputError(f"refine {refine}: sam2:owner/name is needed")
+        refiner = Sam2Refiner(refine.removeprefix("sam2:"), choose_device(device))
+    predictor = VideoPredictor(
+        loaded, device, size, prior=make_prior, name=name, refine=refiner, **others
+    )
     predictor.prior_name = prior or ""
     return predictor
 

@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 FLAGS = (
     (r"\bview='(\w+)'", r"--as \1"),
     (r"^view must", "--as must"),
+    (r"^refine (\S+)", r"--refine \1"),
     (r"^prior (\S+): model", r"--prior \1: model"),
     (r"^max_mb must", "--max-mb must"),
     (r"^token has", "--token has"),

@@ -22,6 +22,7 @@ from .predict import (
     Overlap,
     Precision,
     PriorName,
+    Refine,
     Size,
     TrustRemoteCode,
     View,
@@ -55,6 +56,7 @@ def batch(
     windows: Windows = None,
     precision: Precision = "auto",
     crf: Crf = None,
+    refine: Refine = None,
     prior: PriorName = None,
     background: Background = "#ffffff",
     actors: Annotated[
@@ -97,7 +99,7 @@ def batch(
     tasks = find_tasks(inputs, output, form)
     predictor: dict[str, Any] = dict(
         model=model, device=device, size=parse_size(size) if size else None, overlap=overlap,
-        batch=windows, precision=precision, crf=crf, prior=prior,
+        batch=windows, precision=precision, crf=crf, prior=prior, refine=refine,
         options=parse_options(model_option or []), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     # What is wrong with the model is known before anything starts.

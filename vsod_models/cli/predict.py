@@ -38,6 +38,10 @@ Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16
 Crf = Annotated[
     str | None, typer.Option(help="Refine masks with a dense CRF: preset dss or deeplab.")
 ]
+Refine = Annotated[
+    str | None,
+    typer.Option(help="sam2:owner/name: SAM 2 tracks the surest masks over the frames."),
+]
 PriorName = Annotated[
     str | None,
     typer.Option(
@@ -74,6 +78,7 @@ def predict(
     batch: Windows = None,
     precision: Precision = "auto",
     crf: Crf = None,
+    refine: Refine = None,
     prior: PriorName = None,
     rate: Annotated[float, typer.Option(help="Frames per second, for pictures.")] = 25.0,
     background: Background = "#ffffff",
@@ -123,6 +128,7 @@ def predict(
         batch=batch,
         precision=precision,
         crf=crf,
+        refine=refine,
         causal=causal,
     )
     print(predictor.describe(), flush=True)
