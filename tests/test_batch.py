@@ -24,6 +24,7 @@ from vsod_models import batch, prediction
 from vsod_models.batch import Options, Task, Worker, find_tasks, record_of
 from vsod_models.errors import InputError
 from vsod_models.files import locked
+from vsod_models.media.reading import open_source
 
 MODEL = """
     import time
@@ -363,7 +364,7 @@ def test_the_bits_are_those_of_predict(clips, tmp_path):
     (task,) = find_tasks([str(folder)], out, "png")
     assert row_of(worker(out), task)["state"] == "done"
     alone = prediction.load_predictor("tiny_batch_model:Bright", "cpu", precision="float32")
-    source = prediction.open_source(task.source)
+    source = open_source(task.source)
     prediction.predict_file(alone, source, tmp_path / "alone", view="mask")
     names = sorted(p.name for p in (tmp_path / "alone").iterdir())
     assert len(names) == 5

@@ -198,6 +198,13 @@ def test_the_prior_of_a_run_is_loaded_once_and_its_maps_are_kept(toy, tmp_path, 
     assert len(made) == 9 == len(list((tmp_path / "priors").rglob("*.png")))
 
 
+def test_no_file_is_longer_than_600_lines():
+    root = Path(vsod_models.__file__).parent.parent
+    for folder in ("vsod_ops", "vsod_models", "benchmarks", "docs"):
+        for file in (root / folder).rglob("*.py"):
+            assert len(file.read_text().splitlines()) <= 600, file
+
+
 def test_the_library_says_no_flags():
     package = Path(vsod_models.__file__).parent
     for file in package.rglob("*.py"):
