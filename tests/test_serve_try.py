@@ -117,7 +117,8 @@ WATCH = """() => {
         (390, 2.625, "font: 17px/1.45 sans-serif; letter-spacing: .05em"),
     ],
 )
-def test_nothing_moves_while_it_works(browser, served, film, tmp_path, width, scale, font):  # noqa: F811
+def test_nothing_moves_while_it_works(browser, served, tmp_path, width, scale, font):  # noqa: F811
+    film = make_video(tmp_path / "film.mp4", 8, (96, 64), sound="aac")
     broken = tmp_path / f"{'a long name ' * 8}.mp4"
     broken.write_bytes(film.read_bytes()[:2000])
     size = {"width": width, "height": 800}
