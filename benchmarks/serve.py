@@ -21,11 +21,14 @@ import torch
 from . import measure
 from .correct import browsing, served
 
+METHOD = (
+    "starts and first frames by the wall clock of the script; lights and turns by the clock of the "
+    "page, from the event to the end of the frame in which the browser painted what came of it"
+)
 STARTS, MOVES, TURNS = 5, 60, 40
 SEQUENCE = 5000  # frames
 WATCHED = 10  # seconds of a prediction
 
-# From the event to the end of the frame in which the browser painted what came of it.
 LIT = """() => {
     window.seconds = [];
     const easel = document.getElementById("easel");
@@ -206,7 +209,7 @@ def works(browser: Any, film: Path) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     options = {"starts": STARTS, "moves": MOVES, "turns": TURNS, "sequence": SEQUENCE}
-    document = measure.record("serve", torch.device("cpu"), options)
+    document = measure.record("serve", torch.device("cpu"), options) | {"method": METHOD}
     with tempfile.TemporaryDirectory() as folder, browsing(args.browser) as browser:
         film = Path(folder) / "film.mp4"
         write_film(film)
