@@ -1,5 +1,6 @@
 """What `vsod` promises of input that nobody meant: one line, nothing lost, nothing outside."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,6 +336,42 @@ def test_one_is_not_said_as_several(tmp_path, capsys):
     score = ("eval", "--pred", maps, "--dataset", "folder", "--data", target, "--workers", 1)
     _, said, err = vsod(capsys, *score, "--protocol", "frame")
     assert "Used: 1 frame of 1 sequence." in said, err
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("command", [
+    "data check folder set --split val --jobs 2",
+    "eval --pred set/Annotations/480p --dataset folder --data set --workers 2 --json out.json",
+])  # fmt: skip
+def test_ctrl_c_in_the_middle_of_a_pool_is_one_line(tmp_path, command):
+    """It goes to all processes of a terminal, also to those that are just starting."""
+    davis(tmp_path / "set", split="val")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vsod_models.cli", *command.split()], start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+
+    def together():
+        """How many processes there are in the session of the command."""
+        count = 0
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = status.read_text().rpartition(")")[2].split()
+                count += fields[0] != "Z" and fields[3] == str(process.pid)
+        return count
+
+    deadline = time.monotonic() + 120
+    while together() < 3:  # what tracks or forks them, and the first
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err == "vsod: stopped: what was not finished is not kept\n"
+    assert not (tmp_path / "out.json").exists()
+    while together():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ---- pictures

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
+from ..workers import deaf_to_ctrl_c
 from .readers import find_dataset
 from .readers.folders import Counts
 from .records import Record, Records, reading_picture
@@ -102,7 +103,9 @@ def inspected(records: list[Record], jobs: int) -> Iterator[tuple[list[str], lis
     context = multiprocessing.get_context("spawn")
     jobs = min(jobs, 2 * (os.cpu_count() or 1))
     with ProcessPoolExecutor(jobs, context, _start_worker) as pool:
-        yield from pool.map(inspect, records, chunksize=16)
+        with deaf_to_ctrl_c():
+            results = pool.map(inspect, records, chunksize=16)
+        yield from results
 
 
 def _start_worker() -> None:

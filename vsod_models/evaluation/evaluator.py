@@ -22,6 +22,7 @@ from ..data.maps import makers
 from ..data.records import Record, Records, read_rgb
 from ..errors import InputError
 from ..files import natural_order
+from ..workers import deaf_to_ctrl_c
 
 if TYPE_CHECKING:
     pass
@@ -247,7 +248,9 @@ def _map(
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        yield from pool.map(_score_file, jobs, chunksize=4)
+        with deaf_to_ctrl_c():
+            results = pool.map(_score_file, jobs, chunksize=4)
+        yield from results
 
 
 def _start_worker() -> None:

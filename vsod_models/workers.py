@@ -1,0 +1,32 @@
+"""Worker processes of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that start in the block never see Ctrl-C, which a terminal sends to all of them.
+
+    The first one ends them, and sees it when the block is over: a process that is half started
+    would complain.
+    """
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if not masks or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    handler = signal.signal(signal.SIGINT, lambda *signals: waiting.append(signals))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what children inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if waiting and callable(handler):
+        handler(*waiting[0])
