@@ -499,7 +499,7 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
             def encode(self, frames):
                 time.sleep(0.05)
                 return super().encode(frames)
-        zoo.load_model = lambda name: Slow()
+        zoo.load_model = lambda name, **_: Slow()
         cli.main(["predict", *sys.argv[1:]])
         """
     )
