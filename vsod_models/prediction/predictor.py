@@ -169,7 +169,7 @@ class VideoPredictor:
         if crf is not None and crf not in PRESETS:
             raise InputError(f"crf must be one of {', '.join(PRESETS)}, got {crf}")
         self.crf, self.prior = crf, prior
-        self.needs_motion = getattr(model, "needs_motion", False)
+        self.needs_motion = model.needs_motion
         self.prior_name = ""  # where it has one, for `describe`
         with self._foreign_errors():
             made = for_inference(model, self.dtype, fold=not self.source)

@@ -43,7 +43,7 @@ def motion(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
     if min(height, width) < LEAST_SIDE:
         more = (0, max(0, LEAST_SIDE - height), 0, max(0, LEAST_SIDE - width))
         grey = [cv2.copyMakeBorder(g, *more, cv2.BORDER_REPLICATE) for g in grey]
-    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
     flow = dis.calc(grey[0], grey[1], None)[:height, :width]  # type: ignore[call-overload]
     rest = without_affine(cv2.resize(flow, size, interpolation=cv2.INTER_AREA))
     length = np.sqrt(np.square(rest).sum(2))
