@@ -132,9 +132,12 @@ coarse_paper() {
 }
 
 # The time of a window of four frames; half a minute to some minutes, on a machine that is idle.
-times() {
-  [ -f "$out/times/msst.json" ] || (cd "$here/.." &&
-    python -m benchmarks msst --full-resolution "${window[@]}" --out "$out/times")
+measure() {
+  [ ! -f "$out/times/msst.md" ] || return 0
+  mkdir -p "$out/times"
+  (cd "$here/.." && python -m benchmarks msst --full-resolution "${window[@]}" --out "$out/times") |
+    tee "$out/times/msst.part"
+  mv "$out/times/msst.part" "$out/times/msst.md"
 }
 
 if [[ $parts == *" ablation "* ]]; then
@@ -147,5 +150,5 @@ if [[ $parts == *" ablation "* ]]; then
   fi
 fi
 [[ $parts != *" coarse "* ]] || coarse_$scale
-[[ $parts != *" times "* ]] || times
+[[ $parts != *" times "* ]] || measure
 report msst

@@ -44,8 +44,9 @@ predict() {
 # report NAME: the tables and loss curves of what there is
 report() {
   python "$here/../docs/reproduction.py" --print "$1" "$out/results" >"$out/$1.md.part"
+  [ ! -f "$out/times/$1.md" ] || cat "$out/times/$1.md" >>"$out/$1.md.part"
   mv "$out/$1.md.part" "$out/$1.md"
-  python "$here/losses.py" "$out/figures/$1-losses.png" "$out"/runs/*/
+  [ ! -d "$out/runs" ] || python "$here/losses.py" "$out/figures/$1-losses.png" "$out"/runs/*/
   cat "$out/$1.md"
   echo "in $out: $1.md, figures/, results/"
 }

@@ -163,6 +163,16 @@ def test_from_nothing_to_the_table(case, data, commands, tmp_path):
     assert list(tmp_path.iterdir()) == [out], "everything lies under OUT"
 
 
+def test_a_part_alone_reports_what_there_is(data, commands, tmp_path):
+    """The times that were measured, where nothing was trained; they are not measured again."""
+    times = text(
+        tmp_path / "out/times/msst.md", "| stage | time |\n| --- | ---: |\n| CRF | 1 s |\n"
+    )
+    code, printed = run("msst.sh", tmp_path / "out", commands, ["times"], SCALE="small", **data)
+    assert code == 0, printed
+    assert (tmp_path / "out/msst.md").read_text().endswith(times.read_text())
+
+
 def test_what_is_missing_is_named(commands, tmp_path):
     for environment, message in (
         ({"SCALE": "large"}, "SCALE is large; there are paper and small"),
