@@ -15,6 +15,7 @@ from checks_triton import (
     DEVICE,
     INTERPRET,
     SHARED_MEMORY,
+    TRITON,
     TYPE_NAMES,
     compile_for,
     compiled_only,
@@ -404,8 +405,8 @@ def compilations():
 def test_compiles_without_spills(case, compilations):
     _, capability, dtype, _, head_dim, *_ = case
     _, spilled, shared, products = compilations(case)
-    # A few loop invariants at most, of the largest tiles.
-    assert spilled <= 96
+    # Tiles were chosen with 3.9; of them 3.6 spills a few loop invariants in two.
+    assert spilled <= (0 if TRITON >= (3, 9) else 64)
     assert shared <= SHARED_MEMORY[capability]
     if dtype == torch.bfloat16:
         assert products

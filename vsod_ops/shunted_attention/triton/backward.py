@@ -24,6 +24,7 @@ from .tiles import (
     _head_of,
     _jit,
     _load,
+    _pick_length,
     _pick_number,
     _product,
     _store,
@@ -232,7 +233,7 @@ def shunted_attention_bwd_kernel(
     n_tiles = tl.cdiv(_pick_number(segments.rows, s, S), BO)
     o_tile = pid % n_tiles * BO
     pair = pid // n_tiles
-    length = _pick_number(groups.lengths, g, G)
+    length = _pick_length(groups.lengths, g, G)
     n_group = _pick_number(groups.heads, g, G)
     scale2 = scale * _LOG2E
     # The softmax of a single key is constant: dQ and dK are zero, not the noise of dP - delta.
@@ -342,7 +343,7 @@ def shunted_attention_bwd_reduce_kernel(
     for i in tl.static_range(1, G):
         g = tl.where(pid >= number(splits.first_reduce[i]), i, g)
     o_first = (pid - _pick_number(splits.first_reduce, g, G)).to(tl.int64) * ROWS
-    length = _pick_number(groups.lengths, g, G)
+    length = _pick_length(groups.lengths, g, G)
     n_group = _pick_number(groups.heads, g, G)
     size = _pick_number(splits.sizes, g, G).to(tl.int64)
     is_value = tl.program_id(1)

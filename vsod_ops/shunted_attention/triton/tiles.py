@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...triton_tuning import number
+from ...triton_tuning import INTERPRET, number
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
+_INTERPRET = tl.constexpr(INTERPRET)
 
 
 class Strided(NamedTuple):
@@ -68,6 +69,22 @@ def _pick(values, index, G: tl.constexpr):
 def _pick_number(values, index, G: tl.constexpr):
     """The same for opaque numbers."""
     return number(_pick(values, index, G))
+
+
+@triton.jit
+def _pick_length(lengths, index, G: tl.constexpr):
+    """The same for a length, which stays in use through the loops.
+
+    The optimizer would fold the shift into some of its uses and not into others, and keep both
+    numbers in registers, which spills; it does not look into an instruction that is spelled out.
+    """
+    if _INTERPRET:
+        length = _pick_number(lengths, index, G)
+    else:
+        length = tl.inline_asm_elementwise(
+            "shr.s32 $0, $1, 2;", "=r,r", [_pick(lengths, index, G)], tl.int32, True, 1
+        )
+    return length
 
 
 @triton.jit
