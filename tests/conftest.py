@@ -1,5 +1,12 @@
+import signal
+
 import pytest
 import torch
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would this process what
+# it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

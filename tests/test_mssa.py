@@ -127,7 +127,7 @@ def test_backbone_weights_that_cannot_be(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(InputError, match=r"pass a \.pth or \.safetensors file"):
+    with pytest.raises(InputError, match=r"`curl -O https://\S+resnet18\S*\.pth` gets a file that"):
         backbone.load_weights("IMAGENET1K_V1")
 
 

@@ -253,7 +253,7 @@ def test_masks_are_those_of_the_command(client, tmp_path):
     from vsod_models.zoo import load_model
 
     film = make_video(tmp_path / "in.mp4", 6)
-    predictor = VideoPredictor(load_model("mssa-tiny"), "cpu", crf="dss")
+    predictor = VideoPredictor(load_model("mssa-tiny"), "cpu", precision="auto", crf="dss")
     predict_file(predictor, open_source(film), tmp_path / "masks", view="mask")
     job = predicted(client, film.read_bytes(), crf="dss", view="mask")
     asked = {"view": "mask", "format": "png"}

@@ -12,7 +12,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -293,8 +293,14 @@ def upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
     return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def ahead(items: Iterable[T], depth: int = 4) -> Generator[T]:
-    """The same items, made by a thread that runs at most `depth` of them ahead."""
+def ahead(
+    items: Iterable[T], depth: int = 4, stop: Callable[[], None] = lambda: None
+) -> Generator[T]:
+    """The same items, made by a thread that runs at most `depth` of them ahead.
+
+    stop: called when no more are wanted, Ctrl-C included, and before the thread is waited for: it
+    ends items that may never come.
+    """
     waiting: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -329,4 +335,5 @@ def ahead(items: Iterable[T], depth: int = 4) -> Generator[T]:
             yield what
     finally:
         stopped.set()
+        stop()
         thread.join()

@@ -55,9 +55,10 @@ def predict_file(
         open_writer(output, source, overwrite=overwrite) as writer,
         # The network runs beside the drawing and the encoding.
         contextlib.closing(
-            ahead(predictor.stream(source), depth=1 if isinstance(source, Live) else 4)
+            ahead(predictor.stream(source), depth=1, stop=source.close)
+            if isinstance(source, Live)
+            else ahead(predictor.stream(source))
         ) as results,
-        contextlib.closing(source) if isinstance(source, Live) else contextlib.nullcontext(),
     ):
         try:
             for result in results:

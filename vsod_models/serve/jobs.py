@@ -197,7 +197,9 @@ class Jobs:
 
             prior = functools.partial(frame_prior, load_prior(prior_of(job.model)))
         name = Path(job.model).name
-        return VideoPredictor(model, self.device, crf=job.crf, prior=prior, name=name)
+        return VideoPredictor(
+            model, self.device, precision="auto", crf=job.crf, prior=prior, name=name
+        )
 
     def _go_on(self, job: Job, step: int = 1) -> None:
         if job.stop.is_set():
