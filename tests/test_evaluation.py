@@ -525,7 +525,7 @@ def test_command_writes_all(vsod_eval, tmp_path):
     said = " ".join(out.split())
     assert "protocol davsod" in said and "Used: 10 frames of 3 sequences." in said
     assert "Skipped by the protocol, 6 frames: a 00000, 00004; b 00000, 00002; c 00000" in said
-    assert "Missing and left out, 1 predictions: c 00004." in said
+    assert "Missing and left out, 1 prediction: c 00004." in said
     document = json.loads(files["json"].read_text())
     assert list(document) == ["protocol", "dataset", "frames", "overall", "sequences"]
     assert (document["protocol"], document["dataset"]) == ("davsod", "blobs")

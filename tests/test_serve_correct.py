@@ -290,6 +290,7 @@ def test_killed_in_the_middle(browser, folder):  # noqa: F811
         server.process.wait()
         kept = entries(folder)
         assert len(kept) >= 2
+        page.keyboard.press("s")  # where the carrying had come to its end nobody else would ask
         page.locator("#wrong", has_text="does not answer").wait_for()
         with serving(folder, "--port", server.address.rstrip("/").rpartition(":")[2]):
             page.reload()
