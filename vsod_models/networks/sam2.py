@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, one_line
+from .transformers import library_and_place
 
 FRAMES = 24  # refined together: SAM 2 holds them all, each of 1024x1024 pixels
 
@@ -24,18 +23,8 @@ class Sam2Refiner:
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         self.name, self.device = f"sam2:{name}", torch.device(device)
-        try:
-            import transformers
-        except ImportError as error:
-            raise InputError(
-                f"refine {self.name} needs {error.name}: pip install -e '.[models,transformers]'"
-            ) from None
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
-        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
-            raise InputError(f"refine {self.name}: owner/name or a folder is needed")
-        named: dict[str, Any] = {"revision": revision or "main"}
+        transformers, place, revision = library_and_place(name, f"refine {self.name}")
+        named: dict[str, Any] = {"revision": revision}
         try:
             kind = transformers.PretrainedConfig.get_config_dict(place, **named)[0]["model_type"]
             if kind != "sam2_video":

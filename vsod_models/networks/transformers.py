@@ -49,6 +49,32 @@ class Segmentation(nn.Module):
         return (salient - rest)[:, None]
 
 
+def library_and_place(name: str, what: str) -> tuple[Any, str, str]:
+    """The library, and the repository or folder, and the revision, that `name` stands for.
+
+    Args:
+        name: owner/name, owner/name@revision, or a folder.
+        what: it is for, as errors begin.
+
+    Raises:
+        InputError: the library is missing, or `name` is none of these.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs {error.name}: pip install -e '.[models,transformers]'"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if Path(name).is_dir():
+        return transformers, name, "main"
+    place, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+        raise InputError(f"{what}: owner/name or a folder is needed")
+    return transformers, place, revision or "main"
+
+
 def load_transformers(
     name: str, options: Mapping[str, str] | None = None, trust_remote_code: bool = False
 ) -> PerFrame:
@@ -66,20 +92,7 @@ def load_transformers(
     for key in said:
         if key not in OPTIONS:
             raise InputError(f"model {source}: {key} is not one of {', '.join(OPTIONS)}")
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            f"model {source} needs {error.name}: pip install -e '.[models,transformers]'"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    place, revision = name, "main"
-    if not Path(name).is_dir():
-        place, _, after = name.partition("@")
-        revision = after or revision
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
-            raise InputError(f"model {source}: owner/name or a folder is needed")
+    transformers, place, revision = library_and_place(name, f"model {source}")
     try:
         config = transformers.PretrainedConfig.get_config_dict(place, revision=revision)[0]
         remote = config.get("model_type") not in transformers.CONFIG_MAPPING
