@@ -13,7 +13,8 @@ from vsod_models.cli import main
 CODE = """
 import sys
 from vsod_models import prediction, zoo
-zoo.load_model("mssa-tiny")
+for name in ("mssa-tiny", "vsod-mobile"):
+    zoo.load_model(name)
 assert "torch._dynamo" not in sys.modules and "lightning" not in sys.modules
 import torch, torchvision
 boxes = torch.tensor([[0.0, 0, 0, 4, 4]])

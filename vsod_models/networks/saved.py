@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import InputError, one_line
 from ..files import read_json
 from ..limits import check_arguments
 
 MOST_PARAMETERS = 2_000_000_000
+FEW_PARAMETERS = 100_000_000  # are built at once; more are counted first, which costs seconds
 
 M = TypeVar("M", bound="PretrainedModel")
 
@@ -160,6 +164,29 @@ def current_names(
     return {cls.former_names.get(key, key): value for key, value in arguments.items()}
 
 
+class _TooMany(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Modules that this thread builds may have so many parameters; else _TooMany, before more."""
+    count, thread = 0, threading.get_ident()
+
+    def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        if parameter is not None and threading.get_ident() == thread:
+            count += parameter.numel()
+            if count > limit:
+                raise _TooMany
+
+    hook = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def build_model(cls: type[M], arguments: Mapping[str, Any], source: str) -> M:
     """Builds the model; InputError names an argument that it does not have."""
     arguments = current_names(cls, arguments, source)
@@ -171,6 +198,14 @@ def build_model(cls: type[M], arguments: Mapping[str, Any], source: str) -> M:
                 f"({', '.join(k for k in known if k != 'self')})"
             )
     check_arguments(cls, arguments, f"{source}: model.")
+    state = torch.random.get_rng_state()
+    try:
+        with _at_most(FEW_PARAMETERS):
+            return cls(**arguments)
+    except (_TooMany, RuntimeError):
+        torch.random.set_rng_state(state)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source}: {one_line(error)}") from None
     try:
         # Without memory first: each value may be within its bounds and the whole without end.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
