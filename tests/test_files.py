@@ -127,6 +127,18 @@ def test_a_folder_is_locked_as_long_as_its_process_lives(tmp_path):
         pass
 
 
+def test_a_folder_that_was_made_to_be_locked_goes_if_nothing_came_of_it(tmp_path):
+    with pytest.raises(InputError, match="impossible"), locked(tmp_path / "run", "a training"):
+        raise InputError("impossible")
+    assert not os.listdir(tmp_path)
+    with locked(tmp_path / "run", "a training"):
+        (tmp_path / "run/made").touch()
+    (tmp_path / "empty").mkdir()
+    with locked(tmp_path / "empty", "a training"):
+        pass
+    assert (tmp_path / "run/made").exists() and (tmp_path / "empty").exists()
+
+
 def test_what_fails_leaves_no_new_folder(tmp_path):
     (tmp_path / "there").mkdir()
     for write in (whole_file, whole_folder):

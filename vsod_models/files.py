@@ -215,9 +215,11 @@ def _alive(process: int) -> bool:
 def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     """One process at a time: InputError where another one holds `folder`, for the same `what`.
 
-    The lock goes with its process, however that ends; its file `.lock` stays.
+    The lock goes with its process, however that ends; its file `.lock` stays, except in a folder
+    that was new and that nothing came into.
     """
     folder = Path(folder)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
@@ -230,6 +232,8 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     try:
         yield
     finally:
+        if new and set(folder.glob("*")) <= {folder / ".lock"}:
+            shutil.rmtree(folder, ignore_errors=True)
         lock.release()
 
 
