@@ -14,6 +14,7 @@ COMMANDS = {
     "conv_lstm": "speed and peak memory of conv_lstm against every way to write it in torch",
     "msst": "MSST-ConvLSTM from frames to refined masks: time by stage, and of streaming",
     "mssa": "MSSA: time and multiply-adds by stage, and against materialised attention scores",
+    "small": "calls of 49 to 490 tokens and on maps of 8x8 and 16x16, on one thread and two",
     "correct": "coarse labels cleaned on the page of vsod serve: what is left, what it takes",
     "serve": "how soon the pages of vsod serve answer",
     "predict": "frames a second of `vsod predict`, and where a frame's time goes",

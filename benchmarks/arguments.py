@@ -84,7 +84,11 @@ def add_common(
     add("--threads", type=positive, help="CPU threads (default: those of torch)")
     add("--seconds", type=duration, default=seconds, help=seconds_help)
     add("--seed", type=int, default=0)
-    add(
+    add_out(parser)
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--out",
         type=Path,
         default=measure.ROOT / "benchmarks" / "out",
