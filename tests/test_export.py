@@ -1,7 +1,10 @@
 """`vsod export`: the numbers of an ONNX file, what it takes and refuses, what it says of itself."""
 
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +140,15 @@ def test_it_runs_without_torch(exported, tmp_path):
     mask, wanted = np.load(tmp_path / "logits.npy") > 0, expected > 0
     assert 0 < wanted.mean() < 1
     assert (mask == wanted)[abs(expected) > 1e-4].all()
+
+
+def test_the_example_of_the_page(exported, tmp_path):
+    """It is of vsod-mobile, which takes motion, as this one does."""
+    page = Path(__file__).parent.parent / "docs" / "export.md"
+    shutil.copy(exported("mssa")[1], tmp_path / "model.onnx")
+    code = re.search(r"```python\n(.*?)```", page.read_text(), re.S)[1]
+    shape = "assert logits.shape == (1, 3, 1, 224, 416)"
+    subprocess.run([sys.executable, "-c", f"{code}\n{shape}"], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("count", [1, 4])
