@@ -203,6 +203,7 @@ def test_keyboard_alone(page):
 def test_fits_and_has_names(browser, served, width, scheme):  # noqa: F811
     size = {"width": width, "height": 800}
     with opened(browser, served.address, viewport=size, color_scheme=scheme) as page:
+        page.wait_for_selector("#model option", state="attached")
         assert_fits_and_has_names(page, width)
 
 
