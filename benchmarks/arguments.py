@@ -73,16 +73,20 @@ def add_baselines(parser: argparse.ArgumentParser, there: Iterable[str]) -> None
 def add_common(
     parser: argparse.ArgumentParser,
     *,
-    seconds: float | None,
-    seconds_help: str,
+    seconds: float | None = None,
+    seconds_help: str = "",
     device: str | None = "cpu",
 ) -> None:
-    """Device, threads, time, seed and the folder for results; `device` None: a GPU if there."""
+    """Device, threads, time, seed and the folder for results; `device` None: a GPU if there.
+
+    seconds_help: none for a benchmark that takes the time it takes.
+    """
     add = parser.add_argument
     default = device or "cuda where there is a GPU, else cpu"
     add("--device", choices=("cpu", "cuda"), default=device, help=f"default: {default}")
     add("--threads", type=positive, help="CPU threads (default: those of torch)")
-    add("--seconds", type=duration, default=seconds, help=seconds_help)
+    if seconds_help:
+        add("--seconds", type=duration, default=seconds, help=seconds_help)
     add("--seed", type=int, default=0)
     add_out(parser)
 

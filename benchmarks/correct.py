@@ -223,7 +223,7 @@ def clean(
             viewport={"width": 1280, "height": 800}, bypass_csp=True, base_url=address
         )
         page = context.new_page()
-        page.set_default_timeout(300_000)
+        page.set_default_timeout(120_000)
         page.goto(address)
         person, actions, left = Person(page, tools), [], []
         began = time.monotonic()

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overlap", type=int, help="frames that windows share (default: the command's)")
     add("--runs", type=positive, default=3, help="of the command (default: 3)")
     add("--frames", type=positive, default=90, help="for the stages (default: 90)")
-    add_common(parser, seconds=None, seconds_help="not used")
+    add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
