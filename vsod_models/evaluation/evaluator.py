@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,9 +23,6 @@ from ..data.records import Record, Records, read_rgb
 from ..errors import InputError
 from ..files import natural_order
 from ..workers import deaf_to_ctrl_c
-
-if TYPE_CHECKING:
-    pass
 from .measures import Scores, score_frame
 from .protocols import Protocol, choose_frames, get_protocol
 

@@ -7,15 +7,13 @@ and F; the counts of all thresholds come from one histogram a frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import py_sod_metrics
 from scipy.ndimage import distance_transform_edt
 
-if TYPE_CHECKING:
-    pass
 from .protocols import Protocol
 
 MEASURES = ("MAE", "maxF", "meanF", "adpF", "S", "maxE", "meanE", "adpE", "wF")
