@@ -112,6 +112,7 @@ def test_inputs_are_folders_globs_lists_and_files(clips, tmp_path, monkeypatch):
         "not readable as Parquet": ("broken.parquet",),
         "matches no file": ("nothing*.mp4",),
         "no videos in it": ("empty",),
+        "no such file or folder": ("tpyo.mp4", "other"),
     }.items():
         (tmp_path / "two.csv").write_text("a,b\n1,2\n")
         (tmp_path / "broken.parquet").write_text("no")
@@ -254,19 +255,42 @@ def test_a_second_driver_is_refused(clips, tmp_path, capsys):
     refused((result[0], "", result[2]), "out: a batch is running in it already")
 
 
-def test_bad_arguments(clips, tmp_path, capsys):
+def test_bad_arguments(clips, tmp_path, capsys, monkeypatch):
     pytest.importorskip("ray", reason="the extra `batch` is not installed")
+    monkeypatch.setitem(sys.modules, "ray.data", None)  # importing it is an error
     folder = clips(1)
+    (tmp_path / "file").write_text("no folder")
     for words, given in {
         "--format avi": ("--format", "avi"),
         "has no alpha": ("--as", "matte"),
         "manifest.txt: has to end": ("--manifest", "manifest.txt"),
+        "clips: has to end": ("--manifest", "clips"),
+        "a folder for the outputs": ("-o", "file"),
+        "--background": ("--background", "no colour"),
         "neither a folder": ("--model", "nobody"),
     }.items():
         model = () if "--model" in given else ("--model", "tiny_batch_model:Bright")
         result = vsod(capsys, "batch", folder, "-o", tmp_path / "out", *model, *given)
         refused((result[0], "", result[2]), words)
     assert not any((tmp_path / "out").glob("*.mp4"))
+
+
+@pytest.mark.parametrize("given", [["tpyo"], ["two.csv"], ["clips", "--format", "avi"]])
+def test_bad_input_is_told_before_the_libraries_load(clips, tmp_path, given):
+    pytest.importorskip("ray", reason="the extra `batch` is not installed")
+    clips(1)
+    (tmp_path / "two.csv").write_text("a,b\n1,2\n")
+    code = f"""
+        import atexit, sys
+        from vsod_models.cli import main
+        atexit.register(lambda: print("loaded", {{"ray", "torch"}} & set(sys.modules)))
+        main({["batch", *given, "-o", "out"]!r})
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    refused((done.returncode, "", done.stderr))
+    assert done.stdout == "loaded set()\n"
 
 
 # ---- all of them, in Ray

@@ -79,7 +79,8 @@ def find_tasks(inputs: Sequence[str], folder: str | Path, form: str) -> list[Tas
         form: one of FORMATS.
 
     Raises:
-        InputError: nothing is found, or two inputs would have the same output.
+        InputError: nothing is found, or two inputs would have the same output.  Of several inputs
+            some may be missing, which is a row of the manifest.
     """
     ending = "" if form == "png" else f".{form}"
     root = Path(folder).resolve()
@@ -95,6 +96,8 @@ def find_tasks(inputs: Sequence[str], folder: str | Path, form: str) -> list[Tas
         tasks[output] = Task(source, output)
     if not tasks:
         raise InputError(f"{', '.join(inputs)}: no videos in it ({' '.join(VIDEO_ENDINGS)})")
+    if not any(os.path.exists(task.source) for task in tasks.values()):
+        raise InputError(f"{', '.join(inputs)}: no such file or folder")
     return list(tasks.values())
 
 
@@ -332,8 +335,7 @@ def run_batch(
         InputError: another run is at work in the folder of outputs, Ray or the model cannot be
             started, or the manifest cannot be written.
     """
-    if Path(manifest).suffix not in (".jsonl", ".parquet"):
-        raise InputError(f"{manifest}: has to end in .jsonl or .parquet")
+    check_places(options.folder, manifest)
     rows: dict[str, dict[str, Any]] = {}
     with locked(options.folder, "a batch"), contextlib.ExitStack() as at_end:
         at_end.callback(lambda: write_manifest(Path(manifest), _in_order(tasks, rows)))
@@ -341,6 +343,16 @@ def run_batch(
             rows[row["output"]] = row
             on_row(row)
     return _in_order(tasks, rows)
+
+
+def check_places(folder: str | Path, manifest: str | Path) -> None:
+    """InputError for what can be neither a folder of outputs nor a manifest."""
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise InputError(f"{folder}: is a file; a folder for the outputs is needed")
+    if Path(manifest).suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"{manifest}: has to end in .jsonl or .parquet")
+    if Path(manifest).is_dir():
+        raise InputError(f"{manifest}: is a folder; a file is to be written there")
 
 
 def _in_order(tasks: Sequence[Task], rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

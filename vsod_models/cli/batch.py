@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections import Counter
@@ -83,29 +84,32 @@ def batch(
 
     Exit code 1 if any input failed: the others are done, and the manifest says why.
     """
-    try:
-        import ray.data as _  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"vsod batch needs {error.name}: pip install -e '.[models,batch]'"
-        ) from None
-    from ..batch import FORMATS, Cluster, Options, find_tasks, run_batch
-    from ..media.views import check_view
-    from ..prediction import choose_device, load_predictor
+    from ..batch import FORMATS, Cluster, Options, check_places, find_tasks, run_batch
 
+    # What is wrong with the inputs is said before the libraries load, which takes seconds.
+    for package in ("ray", "pyarrow"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"vsod batch needs {package}: pip install -e '.[models,batch]'")
     if form not in FORMATS:
         raise InputError(f"--format {form}: has to be one of {', '.join(FORMATS)}")
-    view = check_view(view or None, "out" if form == "png" else f"out.{form}")
+    manifest = manifest or output / "manifest.jsonl"
+    check_places(output, manifest)
+    colour = parse_colour(background)
     tasks = find_tasks(inputs, output, form)
     predictor: dict[str, Any] = dict(
         model=model, device=device, size=parse_size(size) if size else None, overlap=overlap,
         batch=windows, precision=precision, crf=crf, prior=prior, refine=refine,
         options=parse_options(model_option or []), trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    from ..media.views import check_view
+
+    view = check_view(view or None, "out" if form == "png" else f"out.{form}")
+    from ..prediction import choose_device, load_predictor
+
     # What is wrong with the model is known before anything starts.
     described = load_predictor(**{**predictor, "device": "cpu" if ray else device}).describe()
     options = Options(
-        predictor, str(output.resolve()), view, parse_colour(background), overwrite, retries,
+        predictor, str(output.resolve()), view, colour, overwrite, retries,
         threads, memory,
     )  # fmt: skip
     gpus = 0.0 if device == "cpu" or (not ray and choose_device(device).type == "cpu") else 1.0
@@ -122,10 +126,7 @@ def batch(
                 if json_lines:
                     print(json.dumps(row), flush=True)
 
-            rows = run_batch(
-                tasks, options, Cluster(count, ray, gpus),
-                manifest or output / "manifest.jsonl", on_row,
-            )  # fmt: skip
+            rows = run_batch(tasks, options, Cluster(count, ray, gpus), manifest, on_row)
     except KeyboardInterrupt:
         done = seen["done"] + seen["kept"]
         raise Stopped(
