@@ -1,6 +1,7 @@
 """The pages that people read: their links lead somewhere, and README's lines run as they stand."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_the_map_names_what_is_there():
     assert len(paths) > 40
     for path in paths:
         assert any(ROOT.glob(path.rstrip("/"))), path
+
+
+def test_the_tables_of_the_reproduction_are_those_of_its_results():
+    script = runpy.run_path(str(ROOT / "docs" / "reproduction.py"))
+    results, page = script["RESULTS"], (ROOT / "docs" / "reproduction.md").read_text()
+    for name, (first, rows) in script["TABLES"].items():
+        assert all((results / f"{file}.json").is_file() for _, file in rows), name
+        filled = script["table"](first, rows, results)
+        assert f"<!-- table:{name}:begin -->\n\n{filled}\n\n<!-- table:{name}:end -->" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
