@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -498,7 +497,10 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         class Slow(Windowed):
             def encode(self, frames):
                 time.sleep(0.05)
-                return super().encode(frames)
+                made = super().encode(frames)
+                if self.encoded == 60:  # those that wait are fewer
+                    print("under way", flush=True)
+                return made
         zoo.load_model = lambda name, **_: Slow()
         cli.main(["predict", *sys.argv[1:]])
         """
@@ -510,7 +512,7 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         text=True,
     )
     assert process.stdout.readline().startswith("device ")
-    time.sleep(1.0)
+    assert process.stdout.readline() == "under way\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
