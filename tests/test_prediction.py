@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_windows_are_averaged_and_each_frame_is_encoded_once(count, overlap, bat
                 weight[start + t] += share
     expected = (total / weight[:, None, None]).numpy()
     np.testing.assert_allclose(np.stack(made), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_the_two_halves_of_a_model_run_in_threads_of_their_own(foreign):
+    class Noting(Windowed):
+        source = "somewhere:else" if foreign else ""  # which may not bear it
+
+        def encode(self, frames):
+            self.encoder = threading.current_thread().name
+            return super().encode(frames)
+
+        def decode(self, maps, size):
+            self.decoder = threading.current_thread().name
+            return super().decode(maps, size)
+
+    predictor = VideoPredictor(Noting(), "cpu")
+    expected = VideoPredictor(Windowed(), "cpu").predict_clip(clip(9))
+    np.testing.assert_array_equal(predictor.predict_clip(clip(9)), expected)
+    assert predictor.model.decoder == threading.current_thread().name
+    assert (predictor.model.encoder == predictor.model.decoder) is foreign
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -455,8 +476,11 @@ def test_a_model_that_fails_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.mov", "out.gif", "out"])
 def test_an_interrupt_keeps_what_is_done(tmp_path, vsod, name):
     class Interrupted(Windowed):
+        decoded = 0
+
         def decode(self, maps, size):
-            if self.encoded > 20:
+            self.decoded += 1
+            if self.decoded > 5:
                 raise KeyboardInterrupt
             return super().decode(maps, size)
 

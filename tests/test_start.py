@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("av")
 
 from vsod_models.cli import main
+from vsod_models.cli.start import shared_threads
 
 CODE = """
 import sys
@@ -41,3 +43,14 @@ def test_memory_is_kept_in_a_process_of_the_command_alone(monkeypatch):
             main(given)
         assert done.value.code == 2
         assert len(kept) == times
+
+
+def test_threads_are_shared_for_as_long_as_two_want_them():
+    torch.set_num_threads(4)
+    for shared, threads in ((True, 2), (False, 4)):
+        with shared_threads(shared):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 4
+    torch.set_num_threads(1)
+    with shared_threads(True):
+        assert torch.get_num_threads() == 1

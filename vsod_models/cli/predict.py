@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InputError
 from .progress import counted, frames_progress, progress
-from .start import without_collection
+from .start import shared_threads, without_collection
 
 ModelName = Annotated[
     str,
@@ -138,15 +138,17 @@ def predict(
 
             with progress("Motion priors", len(records)) as step:
                 records = make_priors(records, predictor.prior.args[0], on_frame=step)
-        with frames_progress(len(records)) as on_frames:
+        shared = predictor.device.type == "cpu" and predictor.side_by_side(records)
+        with shared_threads(shared), frames_progress(len(records)) as on_frames:
             frames = prediction.predict_dataset(
                 predictor, records, output, view=view, overwrite=overwrite, progress=on_frames
             )
         sequences = counted(len(records.sequences), "sequence")
         print(f"{output}: {counted(frames, 'frame')} of {sequences}, {view}")
         return
+    shared = predictor.device.type == "cpu" and predictor.side_by_side(source)
     try:
-        with frames_progress(source.frames) as on_frames:
+        with shared_threads(shared), frames_progress(source.frames) as on_frames:
             written = prediction.predict_file(
                 predictor, source, output, view=view, background=colour, overwrite=overwrite,
                 progress=on_frames,

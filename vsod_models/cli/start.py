@@ -39,6 +39,20 @@ def without_collection() -> Iterator[None]:
         atexit.register(_thaw)
 
 
+@contextlib.contextmanager
+def shared_threads(shared: bool) -> Iterator[None]:
+    """Half of torch's threads where two of its callers run side by side: more would only wait."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if shared:
+        torch.set_num_threads(max(1, threads // 2))  # which threads that start later take over
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _thaw() -> None:
     """Triton's binding library reports what is not collected at the end as leaked."""
     if "triton" in sys.modules:

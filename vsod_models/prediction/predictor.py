@@ -245,9 +245,20 @@ class VideoPredictor:
         with contextlib.closing(frames):
             for clip in self._clips(frames):
                 chunks = self._encoded(clip)
-                held = self._last(chunks) if self.last else self._all(chunks)
-                results = (Result(one.frame, self._saliency(one)) for one in held)
-                yield from results if self.refine is None else self._refined(results)
+                if self.side_by_side(source):
+                    chunks = ahead(chunks, depth=2)
+                with contextlib.closing(chunks):
+                    held = self._last(chunks) if self.last else self._all(chunks)
+                    results = (Result(one.frame, self._saliency(one)) for one in held)
+                    yield from results if self.refine is None else self._refined(results)
+
+    def side_by_side(self, source: object) -> bool:
+        """Whether `stream` runs the model's two halves, each in a thread of its own.
+
+        Not for what is live, which is not read ahead, nor for code of somebody else, which may not
+        bear it.
+        """
+        return not isinstance(source, Live) and not self.source
 
     def _refined(self, results: Iterator[Result]) -> Iterator[Result]:
         assert self.refine is not None
@@ -271,7 +282,7 @@ class VideoPredictor:
             self.size = fitted(shape, pixels, self.multiple)
             yield clip
 
-    def _encoded(self, frames: Iterable[Frame]) -> Iterator[list[_Held]]:
+    def _encoded(self, frames: Iterable[Frame]) -> Generator[list[_Held]]:
         """The frames with their maps, in chunks of the frames that are new in `batch` windows."""
         chunk: list[_Input] = []
         for made in self._inputs(frames):
