@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("av")
-pytest.importorskip("cv2")
+cv2 = pytest.importorskip("cv2")
 pytest.importorskip("typer")
 pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
@@ -223,6 +223,21 @@ def test_an_overlay_is_drawn_where_something_is_salient():
     expected = frame * (1 - saliency[..., None] / 2) + np.array(TINT) * saliency[..., None] / 2
     made = VIEWS["overlay"](frame, saliency, (0, 0, 0))
     assert np.abs(made - expected).max() <= 1
+
+
+def test_the_contour_is_where_it_would_be_drawn_pixel_by_pixel():
+    noise = np.random.default_rng(0).random((90, 160)).astype(np.float32)
+    saliency = cv2.resize(cv2.GaussianBlur(noise, (0, 0), 6) * 8 - 3.5, (480, 270)).clip(0, 1)
+    frame = np.full((270, 480, 3), 90, np.uint8)
+    inside = (saliency >= 0.5).astype(np.uint8)
+    every, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    assert 2 < len(every) < 60
+    made = VIEWS["overlay"](frame, saliency, (0, 0, 0)).astype(int)
+    without = frame + (np.array(TINT) - frame) * saliency[..., None] / 2
+    expected = cv2.drawContours(without.astype(np.uint8), every, -1, TINT, 1, cv2.LINE_AA)
+    # The softened edge of the line alone differs.
+    changed = np.abs(made - expected).max(2) > np.abs(np.array(TINT) - frame).max() / 2
+    assert changed.mean() < 0.001
 
 
 def test_results_have_the_size_and_time_of_their_frames(tmp_path):

@@ -29,7 +29,7 @@ def overlay(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) 
     if wide:
         made[part] = _over(frame[part], TINT, 1 - saliency[part] / 2)
     contours, _ = cv2.findContours(
-        (saliency >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+        (saliency >= 0.5).view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
     )
     width = max(1, round(min(frame.shape[:2]) / 240))
     return cv2.drawContours(made, contours, -1, TINT, width, cv2.LINE_AA)
@@ -48,7 +48,7 @@ def cutout(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -
 def _over(frame: np.ndarray, colour: Sequence[int], share: np.ndarray) -> np.ndarray:
     """The frame with its share (H, W), over a plain colour with the rest."""
     plain = np.empty_like(frame)
-    plain[:] = colour
+    plain[:] = np.tile(np.array(colour, np.uint8), (frame.shape[1], 1))  # rows, not pixels
     return cv2.blendLinear(frame, plain, share, 1 - share)
 
 
