@@ -18,6 +18,7 @@ COMMANDS = {
     "correct": "coarse labels cleaned on the page of vsod serve: what is left, what it takes",
     "serve": "how soon the pages of vsod serve answer",
     "predict": "frames a second of `vsod predict`, and where a frame's time goes",
+    "batch": "clips an hour of `vsod batch`, and of a loop of `vsod predict`",
     "report": "rewrite the result tables of README.md and docs/ from benchmarks/results/",
 }
 EXTRA_PACKAGES = ("av", "matplotlib", "rich", "torchvision")  # of the extra `bench`

@@ -56,17 +56,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def example(path: Path) -> Path:
-    """The clip of `vsod example`, for longer and enlarged to 1280x720."""
+def example(path: Path, frames: int = FRAMES, size: tuple[int, int] = SIZE) -> Path:
+    """The clip of `vsod example`, of so many frames and enlarged to `size`, (width, height)."""
     import cv2
 
     from vsod_models.media.example import RATE, Example
     from vsod_models.media.writing import open_writer
 
-    clip = Example(seconds=FRAMES / RATE)
+    clip = Example(seconds=frames / RATE)
     with open_writer(path, clip) as writer:
         for frame in clip:
-            writer.write(cv2.resize(frame.picture, SIZE), frame)
+            writer.write(cv2.resize(frame.picture, size), frame)
         writer.close()
     return path
 

@@ -393,3 +393,11 @@ def test_dense_crf_without_pydensecrf(tmp_path, capsys, monkeypatch):
     document = read(tmp_path, "dense_crf")
     assert document["cases"][0]["mean_difference"] == 0
     assert "| of dense_crf on the CPU |" in dense_crf.markdown(document)
+
+
+def test_what_the_engine_of_batch_takes_beside_the_videos():
+    """Two actors begin after 2 s and have four videos of 1 s each; the last one ends after 5 s."""
+    from benchmarks.batch import engine
+
+    taken = engine([{"seconds": 1.0}] * 4, [3.0, 3.5, 4.5, 5.0], actors=2)
+    assert taken == {"start_seconds": 2.0, "video_seconds": 1.0, "overhead_seconds": 0.5}
