@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
 from .progress import counted, frames_progress, progress
 from .start import shared_threads, without_collection
+
+if TYPE_CHECKING:
+    from ..media.reading import Source
+    from ..media.window import Window
+    from ..prediction import VideoPredictor
 
 ModelName = Annotated[
     str,
@@ -53,9 +59,6 @@ DEFAULT_MODEL = "vsod-mobile"
 
 
 def predict(
-    output: Annotated[
-        str, typer.Option("--output", "-o", help=".mp4 .mov .webm .gif .png or a folder for PNG.")
-    ],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -63,6 +66,17 @@ def predict(
             "pipe)."
         ),
     ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".mp4 .mov .webm .gif .png, a folder for PNG, or - (MPEG-TS to standard output).",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Also, or only, in a window on this screen.")
+    ] = False,
     dataset: Annotated[
         str | None, typer.Option(help="Instead of an input: a dataset, for `vsod eval`.")
     ] = None,
@@ -96,16 +110,22 @@ def predict(
     from ..media.live import Live, is_live
     from ..media.reading import open_source
     from ..media.views import check_view
-    from ..media.writing import OUTPUT_ENDINGS, check_output
+    from ..media.window import Window
+    from ..media.writing import OUTPUT_ENDINGS, STANDARD_OUTPUT, check_output
 
     if (dataset is None) == (not inputs):
         raise InputError("give an input (a video, a folder, a picture or a glob), or --dataset")
+    if output is None and not show:
+        raise InputError("give an output, -o FILE, or a window, --show")
     if dataset is not None:
         from ..data import open_dataset
 
-        records = open_dataset(dataset, data, split)
-        if Path(output).suffix.lower() in OUTPUT_ENDINGS or Path(output).is_file():
+        if output is None or show:
+            raise InputError("--show: the masks of a dataset go into a folder")
+        file = Path(output).suffix.lower() in OUTPUT_ENDINGS or Path(output).is_file()
+        if file or output == STANDARD_OUTPUT:
             raise InputError(f"{output}: the masks of a dataset go into a folder")
+        records = open_dataset(dataset, data, split)
         view = check_view(view or "mask", output)
     else:
         live = [name for name in inputs or [] if is_live(name)]
@@ -115,24 +135,34 @@ def predict(
             raise InputError("--drop goes with camera:0, rtsp://... or -, which do not wait")
         source = Live(live[0], drop) if live else open_source(inputs or [], rate)
         view = check_view(view, output)
-        check_output(Path(output), source, overwrite)  # before the model is loaded
+        if output is not None:
+            check_output(output, source, overwrite)  # before the model is loaded
     colour = parse_colour(background)
-    predictor = prediction.load_predictor(
-        model,
-        device,
-        parse_size(size) if size else None,
-        prior=prior,
-        options=parse_options(model_option or []),
-        trust_remote_code=trust_remote_code,
-        overlap=overlap,
-        batch=batch,
-        precision=precision,
-        crf=crf,
-        refine=refine,
-        causal=causal,
-    )
-    print(predictor.describe(), flush=True)
-    if dataset is not None:
+    with contextlib.ExitStack() as stack:
+        if output == STANDARD_OUTPUT:  # where nothing but the video goes
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        window = None
+        if show:
+            window = stack.enter_context(contextlib.closing(Window(f"vsod {source.name}")))
+        predictor = prediction.load_predictor(
+            model,
+            device,
+            parse_size(size) if size else None,
+            prior=prior,
+            options=parse_options(model_option or []),
+            trust_remote_code=trust_remote_code,
+            overlap=overlap,
+            batch=batch,
+            precision=precision,
+            crf=crf,
+            refine=refine,
+            causal=causal,
+        )
+        print(predictor.describe(), flush=True)
+        if dataset is None:
+            _predict_file(predictor, source, output, view, colour, overwrite, window)
+            return
+        assert output is not None
         if isinstance(predictor.prior, functools.partial):
             from ..prior.cache import make_priors
 
@@ -145,26 +175,41 @@ def predict(
             )
         sequences = counted(len(records.sequences), "sequence")
         print(f"{output}: {counted(frames, 'frame')} of {sequences}, {view}")
-        return
+
+
+def _predict_file(
+    predictor: VideoPredictor,
+    source: Source,
+    output: str | None,
+    view: str,
+    colour: tuple[int, int, int],
+    overwrite: bool,
+    window: Window | None,
+) -> None:
+    from ..media.live import Live
+    from ..prediction import predict_file
+
+    def latency() -> str:
+        return f", latency {source.latest} ms" if isinstance(source, Live) else ""
+
     shared = predictor.device.type == "cpu" and predictor.side_by_side(source)
     try:
-        with shared_threads(shared), frames_progress(source.frames) as on_frames:
-            written = prediction.predict_file(
+        with shared_threads(shared), frames_progress(source.frames, latency) as on_frames:
+            written = predict_file(
                 predictor, source, output, view=view, background=colour, overwrite=overwrite,
-                progress=on_frames,
+                progress=on_frames, window=window,
             )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped before the first frame: nothing was written", file=sys.stderr)
         raise typer.Exit(130) from None
     for note in written.notes:
         print(f"note: {note}")
-    if written.stopped:
-        print(
-            f"stopped: {output} has the {counted(written.frames, 'frame')} before that",
-            file=sys.stderr,
-        )
+    frames = counted(written.frames, "frame")
+    pace = written.pace and f"; {written.pace}"
+    if written.stopped and output is not None:
+        print(f"stopped: {output} has the {frames} before that{pace}", file=sys.stderr)
         raise typer.Exit(130)
-    print(f"{output}: {counted(written.frames, 'frame')}, {view}")
+    print(f"{output or 'window'}: {frames}, {view}{pace}")
 
 
 def parse_options(pairs: list[str]) -> dict[str, str]:

@@ -35,9 +35,14 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def frames_progress(frames: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar with frames/s and the time left, on a terminal; gives what `predict_file` calls."""
-    with _speed_bar(frames) as update:
+def frames_progress(
+    frames: int | None, more: Callable[[], str] = str
+) -> Iterator[Callable[[int], None]]:
+    """A bar with frames/s and the time left, on a terminal; gives what `predict_file` calls.
+
+    more: what stands behind the frames/s.
+    """
+    with _speed_bar(frames, more=more) as update:
         yield lambda done: update(done, done)
 
 
@@ -58,7 +63,9 @@ def videos_progress(
 
 
 @contextlib.contextmanager
-def _speed_bar(total: int | None, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
+def _speed_bar(
+    total: int | None, hidden: bool = False, more: Callable[[], str] = str
+) -> Iterator[Callable[[int, int], None]]:
     """Gives what takes how many are done, and how many frames so far."""
     from rich.console import Console
     from rich.progress import (
@@ -69,18 +76,19 @@ def _speed_bar(total: int | None, hidden: bool = False) -> Iterator[Callable[[in
         TimeRemainingColumn,
     )
 
-    speed = TextColumn("{task.fields[speed]:.1f} frames/s")
+    speed = TextColumn("{task.fields[speed]:.1f} frames/s{task.fields[more]}")
     console = Console(stderr=True)
     bar = Progress(
         BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(),
         console=console, disable=hidden or not console.is_terminal,
     )  # fmt: skip
     with bar:
-        task = bar.add_task("", total=total, speed=0.0)
+        task = bar.add_task("", total=total, speed=0.0, more="")
         began = time.monotonic()
 
         def update(done: int, frames: int) -> None:
-            bar.update(task, completed=done, speed=frames / max(time.monotonic() - began, 1e-9))
+            speed = frames / max(time.monotonic() - began, 1e-9)
+            bar.update(task, completed=done, speed=speed, more=more())
 
         yield update
 

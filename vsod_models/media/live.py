@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -44,7 +45,7 @@ class Live:
         drop: the newest frame comes next, and what waited for longer is left out.
 
     Damaged packets are left out, frames of another size are brought to that of the first one, and
-    a source that stops ends the frames: `notes` says so.
+    a source that stops ends the frames: `summary` says so.
 
     Raises InputError where there is no such source, or nothing comes from it.
     """
@@ -57,7 +58,9 @@ class Live:
         self.name = re.sub(r"//[^/@]*@", "//", name)  # without user and password
         self.drop, self.dropped, self.damaged, self.scaled = drop, 0, 0, 0
         self.notes: list[str] = []
-        self.latencies: list[float] = []
+        self.latencies: Counter[int] = Counter()  # milliseconds -> frames, however many these are
+        self.latest = 0  # milliseconds, of the frame that was written last
+        self._first = self._last = 0.0
         self._arrived: dict[int, float] = {}
         self._closed = threading.Event()
         try:
@@ -163,16 +166,22 @@ class Live:
         """To be called when a frame has gone where it should: for its latency."""
         arrived = self._arrived.pop(frame.index, None)
         if arrived is not None:
-            self.latencies.append(time.monotonic() - arrived)
+            self._last = time.monotonic()
+            self._first = self._first if self.latencies else arrived
+            self.latest = round(1000 * (self._last - arrived))
+            self.latencies[self.latest] += 1
+
+    def pace(self) -> str:
+        """How fast and how late frames were written: "25.0 frames/s, latency 80 ms, ..."."""
+        if not self.latencies:
+            return ""
+        rate = self.latencies.total() / max(self._last - self._first, 1e-9)
+        middle, most = median(self.latencies.elements()), max(self.latencies)
+        return f"{rate:.1f} frames/s, latency {middle:.0f} ms, at most {most} ms"
 
     def summary(self) -> list[str]:
         """What happened, a line each."""
         lines = list(self.notes)
-        if self.latencies:
-            lines.append(
-                f"{self.name}: latency {1000 * median(self.latencies):.0f} ms, "
-                f"at most {1000 * max(self.latencies):.0f} ms"
-            )
         for count, what in (
             (self.dropped, "left out for newer ones"),
             (self.damaged, "damaged, and left out"),

@@ -294,12 +294,15 @@ def upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
 
 
 def ahead(
-    items: Iterable[T], depth: int = 4, stop: Callable[[], None] = lambda: None
+    items: Iterable[T],
+    depth: int = 4,
+    stop: Callable[[], None] = lambda: None,
+    idle: Callable[[], None] | None = None,
 ) -> Generator[T]:
     """The same items, made by a thread that runs at most `depth` of them ahead.
 
     stop: called when no more are wanted, Ctrl-C included, and before the thread is waited for: it
-    ends items that may never come.
+    ends items that may never come.  idle: called again and again while there is none.
     """
     waiting: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
@@ -310,6 +313,13 @@ def ahead(
                 waiting.put((kind, what), timeout=0.1)
                 return True
         return False
+
+    def take() -> tuple[str, Any]:
+        while idle is not None:
+            with contextlib.suppress(queue.Empty):
+                return waiting.get(timeout=0.02)
+            idle()
+        return waiting.get()
 
     def work() -> None:
         try:
@@ -327,7 +337,7 @@ def ahead(
     thread.start()
     try:
         while True:
-            kind, what = waiting.get()
+            kind, what = take()
             if kind == "end":
                 return
             if kind == "error":

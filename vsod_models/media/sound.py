@@ -20,7 +20,7 @@ class Sound:
     """The sound of one file, added to another while that is written.
 
     Packets are copied unchanged where the container takes their codec, and else encoded again:
-    AAC for MP4 and MOV, Opus for WebM.
+    AAC for MP4, MOV and MPEG-TS, Opus for WebM.
     """
 
     COPIED = types.MappingProxyType(
@@ -28,6 +28,7 @@ class Sound:
             ".mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"},
             ".mov": {"aac", "ac3", "alac", "mp3", "pcm_s16le", "pcm_s16be", "pcm_s24le"},
             ".webm": {"opus", "vorbis"},
+            ".mpegts": {"aac", "ac3", "eac3", "mp2", "mp3"},
         }
     )
 

@@ -67,21 +67,25 @@ VIEWS = {
 }
 
 
-def default_view(output: PathLike) -> str:
-    """overlay for .mp4 and .gif, matte for .webm and .mov, mask for .png and folders."""
+def default_view(output: PathLike | None) -> str:
+    """overlay for .mp4, .gif, "-" and None (a window), matte for .webm and .mov, else mask."""
+    if output is None or output == "-":
+        return "overlay"
     ending = Path(output).suffix.lower()
     return {".mp4": "overlay", ".gif": "overlay", ".webm": "matte", ".mov": "matte"}.get(
         ending, "mask"
     )
 
 
-def check_view(view: str | None, output: PathLike) -> str:
+def check_view(view: str | None, output: PathLike | None) -> str:
     """The view to write; raises InputError for an unknown one and for alpha that cannot be."""
     view = view or default_view(output)
     if view not in VIEWS:
         raise InputError(f"view must be one of {', '.join(VIEWS)}, got {view}")
-    if view == "matte" and Path(output).suffix.lower() == ".mp4":
-        raise InputError(
-            f"{output}: .mp4 has no alpha; write a .mov or .webm, or take view='cutout'"
-        )
+    if view == "matte" and output is not None:
+        kind = "MPEG-TS" if output == "-" else Path(output).suffix.lower()
+        if kind in ("MPEG-TS", ".mp4"):
+            raise InputError(
+                f"{output}: {kind} has no alpha; write a .mov or .webm, or take view='cutout'"
+            )
     return view

@@ -1,4 +1,4 @@
-"""Videos, GIFs and PNGs, written frame by frame, whole or not at all."""
+"""Videos, GIFs and PNGs, written frame by frame, whole or not at all; a stream to a pipe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from ..errors import InputError
 from ..files import inside, temporary_prefix, whole_file, whole_folder
-from .reading import Frame, Pictures, Source
+from .reading import Frame, PathLike, Pictures, Source
 from .sound import Sound
 
 OUTPUT_ENDINGS = (".mp4", ".mov", ".webm", ".gif", ".png")
+STANDARD_OUTPUT = "-"
 
 
 class Writer(Protocol):
@@ -35,22 +36,23 @@ class Writer(Protocol):
 
 
 @contextlib.contextmanager
-def open_writer(
-    output: str | os.PathLike[str], source: Source, *, overwrite: bool = False
-) -> Iterator[Writer]:
+def open_writer(output: PathLike, source: Source, *, overwrite: bool = False) -> Iterator[Writer]:
     """A writer to `output`, by its ending: .mp4, .mov, .webm, .gif, one .png, none for a folder.
 
-    The output appears under its name when the block ends after `close()`; when the block raises,
-    nothing is left and what was there before is untouched.
+    "-" is MPEG-TS to standard output, each frame as soon as it is written (Path("-") is a folder).
+    Any other output appears under its name when the block ends after `close()`; when the block
+    raises, nothing is left and what was there before is untouched.
 
     Raises InputError when the output is an input, exists (without `overwrite`), cannot hold the
     frames of `source`, or cannot be written.
     """
-    output = Path(output)
     check_output(output, source, overwrite)
-    ending = output.suffix.lower()
+    ending = ".mpegts" if output == STANDARD_OUTPUT else Path(output).suffix.lower()
+    output = Path(output)
     part: contextlib.AbstractContextManager[Path]
-    if ending in OUTPUT_ENDINGS:
+    if ending == ".mpegts":
+        part = contextlib.nullcontext(Path("pipe:1"))
+    elif ending in OUTPUT_ENDINGS:
         part = whole_file(output, new=not overwrite)
     elif output.is_dir() and any(output.iterdir()):
         part = _into_folder(output)
@@ -60,8 +62,8 @@ def open_writer(
         with _writing(output):
             path = stack.enter_context(part)
         writer: Writer
-        if ending in (".mp4", ".mov", ".webm"):
-            writer = Video(path, output, source)
+        if ending in (".mp4", ".mov", ".webm", ".mpegts"):
+            writer = Video(path, output, source, ending)
         elif ending == ".gif":
             writer = Gif(path, output, source)
         else:
@@ -76,8 +78,15 @@ def open_writer(
             stack.close()
 
 
-def check_output(output: Path, source: Source, overwrite: bool) -> None:
+def check_output(output: PathLike, source: Source, overwrite: bool) -> None:
     """Raises InputError when `output` cannot be written from `source`, before any work is done."""
+    if output == STANDARD_OUTPUT:
+        if os.isatty(1):
+            raise InputError("-: standard output is a terminal; | a player behind it, or > a file")
+        if isinstance(source, Pictures):
+            _check_same_size(source)
+        return
+    output = Path(output)
     ending = output.suffix.lower()
     folder = output.is_dir() or not ending
     if not folder and ending not in OUTPUT_ENDINGS:
@@ -142,6 +151,8 @@ def _other_size(name: str, size: Sequence[int], first: Sequence[int]) -> str:
 def _writing(output: Path) -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:
+        raise InputError(f"{output}: was closed by its reader") from None
     except (OSError, av.error.FFmpegError) as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"{output}: cannot be written: {reason}") from None
@@ -192,22 +203,23 @@ def _to_av(picture: np.ndarray) -> Any:
 
 
 class Video:
-    """MP4 (H.264), MOV (H.264, or ProRes 4444 for RGBA) or WebM (VP9), with the source's sound.
+    """MP4, MPEG-TS or MOV (H.264; ProRes 4444 for RGBA in MOV), WebM (VP9); the source's sound.
 
     Times are the source's own (WebM counts in milliseconds).  H.264 gets no B-frames, so that
     the duration of the last frame survives where the frame rate varies.
     """
 
-    def __init__(self, path: Path, output: Path, source: Source):
-        self.output, self.source = output, source
-        self.ending = output.suffix.lower()
+    def __init__(self, path: Path, output: Path, source: Source, ending: str):
+        self.output, self.source, self.ending = output, source, ending
         options = {}
-        if self.ending != ".webm":
+        if ending in (".mp4", ".mov"):
             # The start of a stream is stored in the film's clock, 1/1000 s if nothing is said.
             scale = min(source.time_base.denominator, 10**6)
             options = {"movflags": "+faststart", "movie_timescale": str(max(1000, scale))}
         with _writing(output):
-            self.container: Any = av.open(str(path), "w", container_options=options)
+            self.container: Any = av.open(
+                str(path), "w", format=ending[1:], container_options=options
+            )
         self.convert = VideoReformatter()  # as in reading
         self.stream: Any = None
         self.sound: Sound | None = None
@@ -230,7 +242,10 @@ class Video:
             codec, pixels = "libx264", "yuv444p" if odd else "yuv420p"
             # As the preset veryfast, in three quarters of its time, for files an eighth larger.
             options = {"crf": "18", "bf": "0", "preset": "superfast"}
-            options["x264-params"] = "mbtree=1:rc-lookahead=10"
+            if self.ending == ".mpegts":
+                options["tune"] = "zerolatency"  # what looks ahead holds frames back
+            else:
+                options["x264-params"] = "mbtree=1:rc-lookahead=10"
             if odd:
                 self.notes.append(
                     f"{self.output}: {width}x{height} is odd, which H.264 keeps only as 4:4:4; "

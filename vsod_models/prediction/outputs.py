@@ -18,7 +18,8 @@ from ..files import inside, locked
 from ..media.live import Live
 from ..media.reading import Frame, PathLike, Source, ahead
 from ..media.views import VIEWS, check_view
-from ..media.writing import Png, open_writer
+from ..media.window import Window
+from ..media.writing import Png, Writer, open_writer
 from .predictor import VideoPredictor
 
 
@@ -27,45 +28,56 @@ class Written:
     """What `predict_file` left at its output."""
 
     frames: int
-    stopped: bool  # by Ctrl-C: the frames before it are there, playable
+    stopped: bool  # by Ctrl-C, or with the window: the frames before it are there, playable
     notes: tuple[str, ...] = ()  # what the user should know of the file
+    pace: str = ""  # of a live source: frames/s and latency
 
 
 def predict_file(
     predictor: VideoPredictor,
     source: Source,
-    output: PathLike,
+    output: PathLike | None,
     *,
     view: str | None = None,
     background: Sequence[int] = (255, 255, 255),
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda frames: None,
+    window: Window | None = None,
 ) -> Written:
     """Predict every frame of `source` and write the views of them to `output`.
 
+    output: as `open_writer` takes it; None: nowhere, which leaves the window.
     view: a key of VIEWS; None: `default_view`.  background: RGB, of the cutout.
     progress: called with the number of frames written, after each.
+    window: shows them, too.
 
-    Ctrl-C ends the output with the frames that are done (KeyboardInterrupt if there are none);
-    any other failure leaves nothing there.
+    Ctrl-C, or closing the window, ends the output with the frames that are done
+    (KeyboardInterrupt if there are none); any other failure leaves nothing there.
     """
     show = VIEWS[check_view(view, output)]
     done, stopped = 0, False
+    opened: contextlib.AbstractContextManager[Writer | None] = contextlib.nullcontext()
+    if output is not None:
+        opened = open_writer(output, source, overwrite=overwrite)
+    idle = None if window is None else window.update
     with (
-        open_writer(output, source, overwrite=overwrite) as writer,
+        opened as writer,
         # The network runs beside the drawing and the encoding.
         contextlib.closing(
-            ahead(predictor.stream(source), depth=1, stop=source.close)
+            ahead(predictor.stream(source), depth=1, stop=source.close, idle=idle)
             if isinstance(source, Live)
-            else ahead(predictor.stream(source))
+            else ahead(predictor.stream(source), idle=idle)
         ) as results,
     ):
         try:
             for result in results:
                 picture = show(result.frame, result.saliency, background)
                 with _uninterrupted():
-                    writer.write(picture, result.source)
+                    if writer is not None:
+                        writer.write(picture, result.source)
                     done += 1
+                if window is not None:
+                    window.show(picture)
                 if isinstance(source, Live):
                     source.written(result.source)
                 progress(done)
@@ -75,11 +87,14 @@ def predict_file(
             stopped = True
         try:
             with _uninterrupted():
-                writer.close(stopped=stopped)
+                if writer is not None:
+                    writer.close(stopped=stopped)
         except KeyboardInterrupt:
             pass  # all was written: there is nothing to stop
-    notes = [*writer.notes, *(source.summary() if isinstance(source, Live) else ())]
-    return Written(done, stopped, tuple(notes))
+    notes = () if writer is None else tuple(writer.notes)
+    if not isinstance(source, Live):
+        return Written(done, stopped, notes)
+    return Written(done, stopped, (*notes, *source.summary()), source.pace())
 
 
 class Recorded:
