@@ -8,8 +8,9 @@ VSOD_OPS_BUILD = auto (default) | cpu | cuda | none
 TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX"
 MAX_JOBS              compilations at a time (default: as cores and memory allow)
 
-Modules use torch's stable ABI, so one that was built against torch 2.10 or newer runs with any
-torch from 2.10 on.  Why a module was not built is kept in vsod_ops/_build_report.json, where
+Modules are plain libraries that register with torch through its stable ABI and know nothing of
+Python, so one that was built against torch 2.10 or newer runs with any torch from 2.10 on, and with
+any Python.  Why a module was not built is kept in vsod_ops/_build_report.json, where
 `python -m vsod_ops.doctor` finds it.
 """
 
@@ -20,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -187,26 +187,23 @@ class BuildExtensions(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build_report.json").write_text(json.dumps(report, indent=2) + "\n")
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the name of a Python, since none is in it."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
     def source_build_path(self, name: str) -> str:
         return str(ROOT / self.get_ext_filename(f"vsod_ops.{name}"))
 
     def common_flags(self) -> tuple[str, Path]:
-        import pybind11
         import torch
 
         torch_root = Path(torch.__file__).parent
-        includes = [
-            pybind11.get_include(),
-            sysconfig.get_paths()["include"],
-            torch_root / "include",
-        ]
-        flags = " ".join(f'-I"{path}"' for path in includes)
-        flags += f" -std=c++17 -O3 -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+        flags = f'-I"{torch_root / "include"}" -std=c++17 -O3 -DTORCH_TARGET_VERSION={TORCH_TARGET}'
         return flags, torch_root
 
     @staticmethod
-    def face_flags(**defines: str) -> str:
-        """What the Python face tells about the build; only its object is made again for each."""
+    def build_info_flags(**defines: str) -> str:
+        """What a module tells about its build; one object alone is made again for each."""
         import torch
 
         defines |= {"VSOD_REVISION": revision(), "VSOD_BUILD_TORCH": torch.__version__}
@@ -239,7 +236,7 @@ class BuildExtensions(build_ext):
                 csrc / "common/cpu_module.cpp",
                 "cpu_module",
                 compiler,
-                flags + self.face_flags(VSOD_COMPILER=version),
+                flags + self.build_info_flags(VSOD_COMPILER=version),
             )
         ]
         kernels = {"peak": csrc / "common/peak.cpp"}
@@ -290,11 +287,11 @@ class BuildExtensions(build_ext):
         ninja = Ninja(folder)
         csrc = (ROOT / "csrc").resolve()
         compiler = os.environ.get("CXX", "c++")
-        face_flags = f"{flags} -fPIC -fvisibility=hidden" + self.face_flags(
+        module_flags = f"{flags} -fPIC -fvisibility=hidden" + self.build_info_flags(
             VSOD_COMPILER=f"nvcc {version[1]}", VSOD_ARCHITECTURES=names
         )
         objects = [
-            ninja.compile(csrc / "common/cuda_module.cpp", "cuda_module", compiler, face_flags),
+            ninja.compile(csrc / "common/cuda_module.cpp", "cuda_module", compiler, module_flags),
             ninja.compile(csrc / "common/probe.cu", "probe", str(nvcc), nvcc_flags),
         ]
         for op in CUDA_OPS:

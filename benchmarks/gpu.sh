@@ -7,7 +7,7 @@
 # attention-sweep.json, conv_lstm.json, dense_crf.json, msst.json, mssa.json) and run.tar.gz with
 # the log of every step, the CSV files and the plots: seven files and no folder.  From the JSON, CSV
 # and SVG files in benchmarks/results/GPU/, `python -m benchmarks report` makes the tables.
-# Needs torch with CUDA, triton, nvcc, ninja, pybind11, einops, pytest, rich, matplotlib and, for
+# Needs torch with CUDA, triton, nvcc, ninja, einops, pytest, rich, matplotlib and, for
 # the systems, torchvision, huggingface_hub, safetensors, opencv and scikit-image; runs the tests in
 # several processes where pytest-xdist is there; installs nothing.
 set -uo pipefail

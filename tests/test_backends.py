@@ -1,5 +1,6 @@
 """The registry of backends, and those who ask it."""
 
+import functools
 import json
 import os
 import re
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from vsod_ops import ConvLSTM, ShuntedAttention, backends, conv_lstm, doctor
+from vsod_ops import (
+    ConvLSTM,
+    ShuntedAttention,
+    backends,
+    conv_lstm,
+    dense_crf,
+    doctor,
+    shunted_attention,
+)
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,20 +71,61 @@ def test_a_wide_conv_lstm_is_said_to_run_where_it_does(all_built):
     assert ShuntedAttention(8, 2).chosen_backends("cuda", torch.float32) == {"triton"}
 
 
-def test_layers_say_what_runs_them_on_this_machine(monkeypatch):
-    """What a layer says is what its op's choice gives when it runs."""
-    ran = []
+def attention_call(dtype, *sizes):
+    length, head_dim = sizes
+    q, k = torch.randn(1, 2, length, head_dim, dtype=dtype), torch.randn(1, 2, 9, head_dim)
+    return functools.partial(shunted_attention, q, [k.to(dtype)], [k.to(dtype)])
+
+
+def conv_lstm_call(dtype, *sizes):
+    channels, hidden, side = sizes
+    x = torch.randn(1, 2, channels, side, side, dtype=dtype)
+    weights = [torch.randn(4 * hidden, n, 3, 3).to(dtype) for n in (channels, hidden)]
+    return lambda backend: conv_lstm(x, None, *weights, backend=backend)[0]
+
+
+def dense_crf_call(dtype, *sizes):
+    prob, image = torch.rand(1, *sizes), torch.rand(1, 3, *sizes) * 255
+    return functools.partial(dense_crf, prob.to(dtype), image.byte())
+
+
+CALLS = [
+    *(("shunted_attention", attention_call, sizes) for sizes in ((3, 8), (70, 64), (0, 8))),
+    *(("conv_lstm", conv_lstm_call, sizes) for sizes in ((3, 2, 8), (40, 33, 5), (3, 2, 0))),
+    *(("dense_crf", dense_crf_call, sizes) for sizes in ((6, 7), (0, 7))),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "make", "sizes"), CALLS)
+def test_a_call_that_names_no_backend_runs_what_the_registry_says(
+    op, make, sizes, dtype, monkeypatch
+):
+    """The compiled module chooses by itself, without a step in Python."""
+    call = make(dtype, *sizes)
+    choice = backends.choose(op, None, "cpu", dtype)
+    named = call(backend=choice)
+    asked = []
     choose = backends.choose
     monkeypatch.setattr(
-        backends, "choose", lambda *arguments: ran.append(choose(*arguments)) or ran[-1]
+        backends, "choose", lambda *arguments: asked.append(choose(*arguments)) or asked[-1]
     )
-    layer = ConvLSTM(3, 2, 3, num_layers=2)
-    layer(torch.randn(1, 2, 3, 4, 4))
-    assert set(ran) == layer.chosen_backends("cpu", torch.float32)
-    ran.clear()
-    layer = ShuntedAttention(8, 2)
-    layer(torch.randn(1, 1, 4, 4, 8))
-    assert set(ran) == layer.chosen_backends("cpu", torch.float32)
+    assert torch.equal(call(backend=None), named)
+    assert asked == ([] if choice == "cpu" else [choice])
+
+
+def test_layers_say_what_runs_them_on_this_machine():
+    """What a layer says, and what its op's choice gives when it runs."""
+    for layer, x in (
+        (ConvLSTM(3, 2, 3, num_layers=2), torch.randn(1, 2, 3, 4, 4)),
+        (ShuntedAttention(8, 2), torch.randn(1, 1, 4, 4, 8)),
+    ):
+        (said,) = layer.chosen_backends("cpu", torch.float32)
+        unnamed = layer(x)
+        for module in layer.modules():
+            if hasattr(module, "backend"):
+                module.backend = said
+        torch.testing.assert_close(layer(x), unnamed, rtol=0, atol=0)
 
 
 def test_doctor_names_the_limits_of_a_backend(all_built):

@@ -109,6 +109,14 @@ def in_source(source, code):
     )
 
 
+SCHEMAS = """
+for name in torch._C._dispatch_get_all_op_names():
+    if name.startswith("vsod_ops::"):
+        packet, _, overload = name.partition(".")
+        print(torch._C._get_schema(packet, overload))
+"""
+
+
 def test_without_any_compiled_module_the_ops_work(tmp_path):
     source, done = run_build(tmp_path, "none")
     assert done.returncode == 0, done.stderr
@@ -121,8 +129,17 @@ def test_without_any_compiled_module_the_ops_work(tmp_path):
         "q = torch.randn(1, 2, 3, 4, requires_grad=True)\n"
         "shunted_attention(q, [q], [q]).sum().backward()\n"
         "print(doctor.report())\n"
+        f"{SCHEMAS}"
         "shunted_attention(q, [q], [q], backend='cpu')\n",
     )
+    here = subprocess.run(
+        [sys.executable, "-c", "import torch, vsod_ops\n" + SCHEMAS],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    schemas = re.findall(r"^vsod_ops::.*\n", ran.stdout, re.M)
+    assert len(schemas) > 20 and set(schemas) <= set(here.stdout.splitlines(keepends=True))
     assert "cpu float32: reference" in ran.stdout
     assert "VSOD_OPS_BUILD=none" in ran.stdout
     assert "backend 'cpu' cannot run: left out by VSOD_OPS_BUILD=none" in ran.stderr
@@ -173,9 +190,9 @@ def test_cuda_module_loads_without_a_gpu():
     module = backends.compiled_module("_cuda")
     assert "sm_90" in module.build_info()["architectures"]
     if not torch.cuda.is_available():
-        assert module.probe(0) != ""
+        assert torch.ops.vsod_ops.cuda_probe(0) != ""
     else:
-        assert module.probe(0) == ""
+        assert torch.ops.vsod_ops.cuda_probe(0) == ""
 
 
 def tracked(*folders):

@@ -21,6 +21,10 @@ from .networks.inference import for_inference
 from .networks.onnx import metadata_of
 
 OPSET = 23  # the first with Attention
+ATTENTION = (
+    torch.ops.vsod_ops.shunted_attention.default,
+    torch.ops.vsod_ops.shunted_attention.unnamed,
+)
 
 
 class Window(nn.Module):
@@ -73,7 +77,10 @@ def export_onnx(
     program = _traced(window, name)
     # The plain loop over T; without gradients nothing else is asked of the op.
     program = program.run_decompositions(
-        {torch.ops.vsod_ops.conv_lstm.default: lambda *inputs: reference.forward(*inputs[:-1])}
+        {
+            torch.ops.vsod_ops.conv_lstm.default: lambda *inputs: reference.forward(*inputs[:-1]),
+            torch.ops.vsod_ops.conv_lstm.unnamed: reference.forward,
+        }
     )
     _check_unused_lse(program, name)
     try:
@@ -86,9 +93,7 @@ def export_onnx(
             + ["prior"] * model.needs_prior
             + ["motion"] * model.needs_motion,
             output_names=["logits"],
-            custom_translation_table={
-                torch.ops.vsod_ops.shunted_attention.default: _attention(onnxscript.opset23)
-            },
+            custom_translation_table=dict.fromkeys(ATTENTION, _attention(onnxscript.opset23)),
         )
     except torch.onnx.OnnxExporterError as error:
         raise InputError(
@@ -225,7 +230,7 @@ def _untranslated(program: torch.export.ExportedProgram, error: Exception) -> st
 
 def _check_unused_lse(program: torch.export.ExportedProgram, name: str) -> None:
     for node in program.graph.nodes:
-        if node.target is torch.ops.vsod_ops.shunted_attention.default and any(
+        if node.target in ATTENTION and any(
             user.args[1] == 1 and user.users for user in node.users
         ):
             raise InputError(

@@ -6,14 +6,13 @@ which one runs asks here: the op itself, the layers, the doctor, the table in th
 """
 
 import functools
-import importlib
 import importlib.util
 import json
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -159,20 +158,39 @@ def _dtype_names(dtypes: frozenset[torch.dtype]) -> str:
 # ---- what is there on this machine
 
 
+class CompiledModule(NamedTuple):
+    """A compiled module that is loaded; its kernels are registered with torch."""
+
+    name: str
+
+    def build_info(self) -> dict[str, str]:
+        """Compiler, torch and revision of the build, and what machines it has code for."""
+        text = getattr(torch.ops.vsod_ops, f"{self.name.removeprefix('_')}_build_info")()
+        return dict(line.split(": ", 1) for line in text.splitlines())
+
+
+def library_path(name: str) -> Path:
+    """The library of a compiled module, which torch loads with or without Python."""
+    return Path(__file__).parent / f"{name}.so"
+
+
 @functools.cache
-def compiled_module(name: str) -> ModuleType | str:
+def compiled_module(name: str) -> CompiledModule | str:
     """The compiled module "_cpu" or "_cuda", or the reason why there is none."""
-    if importlib.util.find_spec(f"vsod_ops.{name}") is None:
+    path, module = library_path(name), CompiledModule(name)
+    if not path.exists():
         return build_report().get(name) or f"vsod_ops.{name} was not built"
     if name == "_cuda" and torch.version.cuda is None:
         return "this torch has no CUDA support"
     try:
-        return importlib.import_module(f"vsod_ops.{name}")
-    except ImportError as error:
+        torch.ops.load_library(path)
+        module.build_info()
+    except (OSError, RuntimeError) as error:
         # It was built, so somebody counts on it: once a process, say that it is not used.
-        reason = f"vsod_ops.{name} does not load: {error}"
+        reason = f"vsod_ops.{name} does not load: {str(error).splitlines()[0]}"
         warnings.warn(f"{reason}; other backends run in its place", RuntimeWarning, stacklevel=2)
         return reason
+    return module
 
 
 def build_report() -> dict[str, str]:

@@ -42,7 +42,7 @@ def _gpu_line() -> str:
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
         line = f"{torch.cuda.get_device_name(i)}, compute capability {capability}"
         if not isinstance(module, str):
-            line += f", _cuda {module.probe(i) or 'runs'}"
+            line += f", _cuda {torch.ops.vsod_ops.cuda_probe(i) or 'runs'}"
         lines.append(line)
     return "; ".join(lines)
 

@@ -13,6 +13,8 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from . import schemas
+
 
 def applies(op: str, tensors: Iterable[Tensor | None], backend: str | None) -> bool:
     """Whether a call is under a transform, so that the definition has to run.
@@ -58,9 +60,7 @@ def register_autograd(
     PyTorch by itself drops the tangent of a dual tensor without a word.  An op without `backward`
     raises where a gradient goes through it.
     """
-    kernel = make_autograd_impl(
-        getattr(torch.ops.vsod_ops, name).default, Info(backward, setup_context)
-    )
+    kernel = make_autograd_impl(schemas.op(name), Info(backward, setup_context))
 
     def checked(keyset, *arguments):
         if has_tangent(x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)):

@@ -1,15 +1,13 @@
-// The Python face of the CPU module, vsod_ops._cpu: what was built, and what this CPU can do.
-// The ops themselves register with torch (STABLE_TORCH_LIBRARY_IMPL in each op's cpu.cpp).
+// What the CPU module says of itself, as torch ops without tensors: what was built, and what this
+// CPU can do.  The kernels register in each op's cpu.cpp.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
 
 #include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "../dense_crf/fits.h"
 #include "kernel.h"
 #include "levels.h"
 #include "parallel.h"
@@ -78,18 +76,16 @@ double peak_flops(const std::string& dtype) {
   return best;
 }
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = VSOD_COMPILER;
-  info["torch"] = VSOD_BUILD_TORCH;
-  info["revision"] = VSOD_REVISION;
+// Lines "name: value".
+std::string build_info() {
+  return "compiler: " VSOD_COMPILER "\ntorch: " VSOD_BUILD_TORCH "\nrevision: " VSOD_REVISION
 #if defined(VSOD_X86_LEVELS)
-  info["levels"] = "portable, avx2, avx512, avx512bf16";
+         "\nlevels: portable, avx2, avx512, avx512bf16"
 #else
-  info["levels"] = "portable";
+         "\nlevels: portable"
 #endif
-  info["level"] = cpu_level_name(cpu_level());
-  return info;
+         "\nlevel: " +
+         std::string(cpu_level_name(cpu_level()));
 }
 
 }  // namespace
@@ -99,21 +95,26 @@ CpuLevel cpu_level() {
   return level;
 }
 
+bool level_is_known() {
+  try {
+    cpu_level();
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+  return true;
+}
+
 const char* cpu_level_name(CpuLevel level) { return kNames[int(level)]; }
 
-}  // namespace vsod
-
-PYBIND11_MODULE(_cpu, m) {
-  try {
-    vsod::cpu_level();
-  } catch (const std::exception& error) {
-    throw pybind11::import_error(error.what());
-  }
-  m.doc() = "CPU kernels of vsod_ops";
-  m.def("build_info", &vsod::build_info, "Compiler, torch, revision and SIMD levels of this build");
-  m.def("dense_crf_fits", &vsod::dense_crf_fits, VSOD_DENSE_CRF_FITS);
-  m.def("peak_flops", &vsod::peak_flops, pybind11::arg("dtype"),
-        pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "FLOP/s that a loop of multiply-adds in registers reaches on torch's threads;\n"
-        "dtype is \"float32\" or \"bfloat16\"");
+STABLE_TORCH_LIBRARY_FRAGMENT(vsod_ops, m) {
+  m.def("cpu_build_info() -> str");
+  // FLOP/s that a loop of multiply-adds in registers reaches on torch's threads.
+  m.def("cpu_peak_flops(str dtype) -> float");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(vsod_ops, CompositeExplicitAutograd, m) {
+  m.impl("cpu_build_info", TORCH_BOX(&build_info));
+  m.impl("cpu_peak_flops", TORCH_BOX(&peak_flops));
+}
+
+}  // namespace vsod

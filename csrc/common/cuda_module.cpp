@@ -1,34 +1,32 @@
-// The Python face of the CUDA module, vsod_ops._cuda: what was built, and whether it runs here.
-// The ops themselves register with torch (STABLE_TORCH_LIBRARY_IMPL in each op's cuda.cu).
+// What the CUDA module says of itself, as torch ops without tensors: what was built, and whether it
+// runs here.  The kernels register in each op's cuda.cu.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
 
 #include <string>
 
-#include "../dense_crf/fits.h"
 #include "probe.h"
 
 namespace {
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = VSOD_COMPILER;
-  info["torch"] = VSOD_BUILD_TORCH;
-  info["revision"] = VSOD_REVISION;
-  info["architectures"] = VSOD_ARCHITECTURES;
-  return info;
+// Lines "name: value".
+std::string build_info() {
+  return "compiler: " VSOD_COMPILER "\ntorch: " VSOD_BUILD_TORCH "\nrevision: " VSOD_REVISION
+         "\narchitectures: " VSOD_ARCHITECTURES;
 }
+
+std::string probe(int64_t device) { return vsod::cuda_probe(int(device)); }
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of vsod_ops";
-  m.def("build_info", &build_info, "Compiler, torch, revision and GPU architectures of this build");
-  m.def("dense_crf_fits", &vsod::dense_crf_fits, VSOD_DENSE_CRF_FITS);
-  m.def(
-      "probe", [](int device) { return std::string(vsod::cuda_probe(device)); },
-      pybind11::arg("device"),
-      "Runs one small kernel on a GPU: \"\" if its result is right, else what went wrong, for\n"
-      "example that this build has no code for the GPU's architecture");
+STABLE_TORCH_LIBRARY_FRAGMENT(vsod_ops, m) {
+  m.def("cuda_build_info() -> str");
+  // Runs one small kernel on a GPU: "" if its result is right, else what went wrong, for example
+  // that this build has no code for the GPU's architecture.
+  m.def("cuda_probe(int device) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vsod_ops, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build_info", TORCH_BOX(&build_info));
+  m.impl("cuda_probe", TORCH_BOX(&probe));
 }

@@ -16,7 +16,9 @@ namespace vsod {
 enum class CpuLevel { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best level of this CPU, lowered by VSOD_OPS_SIMD=portable|avx2|avx512|avx512bf16.
+// Raises for another value of it, and for a level that this CPU lacks.
 CpuLevel cpu_level();
+bool level_is_known();  // whether cpu_level() has one
 const char* cpu_level_name(CpuLevel level);
 
 // The entry of this CPU's level, or of the next level below where a table has none (null).

@@ -59,6 +59,19 @@ inline bool has_sizes(const Tensor& x, const Sizes& sizes) {
   return same;
 }
 
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+inline MaybeTensor as_contiguous(const MaybeTensor& x) {
+  return x ? MaybeTensor(as_contiguous(*x)) : MaybeTensor();
+}
+
+inline bool is_floating(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
 enum class Device { kCpu, kCuda };
 enum class Stride { kAny, kContiguous };
 
@@ -96,11 +109,9 @@ class Check {
 
   // What an op that has no kernel for other dtypes takes.
   void floating(const char* name, const Tensor& x) const {
-    const ScalarType type = x.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
-                        type == ScalarType::Half || type == ScalarType::BFloat16,
-                    op_, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
-                    dtype_name(type));
+    STD_TORCH_CHECK(is_floating(x), op_, ": ", name,
+                    " must be float32, float64, float16 or bfloat16, got ",
+                    dtype_name(x.scalar_type()));
   }
 
  private:

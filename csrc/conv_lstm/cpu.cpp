@@ -1,13 +1,16 @@
 // Host side of conv_lstm on the CPU: checks, allocation, choice of the SIMD level.
-// Schemas and the contract are in vsod_ops/conv_lstm/op.py, the kernel in cpu_kernel.cpp.
+// Schemas are in vsod_ops/conv_lstm/schemas.inc, the contract in op.py beside it, the kernel in
+// cpu_kernel.cpp.
 
 #include "cpu.h"
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "../common/levels.h"
 #include "../common/parallel.h"
+#include "../common/schemas.h"
 #include "../common/tensors.h"
 
 namespace vsod {
@@ -163,12 +166,86 @@ std::tuple<Tensor, Tensor> activate(const Tensor& x) {
   return {sigmoid, tanh};
 }
 
+// A call that names no backend: as op.py does for the others, with any strides, any dilation, empty
+// tensors, and gradients in the dtypes of their tensors.
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+bool is_empty(const Tensor& x) { return x.dim() == 5 && x.numel() == 0; }
+
+// Beyond the image all taps are outside, however far.
+int64_t within(int64_t dilation, const Tensor& x) {
+  return x.dim() == 5 ? std::min(dilation, std::max(x.size(3), x.size(4))) : dilation;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_unnamed(const Tensor& x, MaybeTensor h,
+                                                           MaybeTensor c, const Tensor& weight_ih,
+                                                           const Tensor& weight_hh,
+                                                           MaybeTensor bias, MaybeTensor peephole,
+                                                           int64_t dilation, int64_t save) {
+  if (!is_empty(x))
+    return forward(x, as_contiguous(h), as_contiguous(c), as_contiguous(weight_ih),
+                   as_contiguous(weight_hh), as_contiguous(bias), as_contiguous(peephole),
+                   within(dilation, x), save);
+  const Allocator allocate(kOp, x);
+  const ScalarType type = x.scalar_type(), state = compute_type(x);
+  const int64_t b = x.size(0), t = x.size(1), m = weight_hh.size(1);
+  const int64_t height = x.size(3), width = x.size(4);
+  return {allocate.empty({b, t, m, height, width}, type),
+          allocate.empty({b, m, height, width}, state),
+          allocate.empty_if(save >= kSaveCells, {b, t - 1, m, height, width}, state),
+          allocate.empty_if(save == kSaveGates, {b, t, 4 * m, height, width}, type)};
+}
+
+Gradients backward_unnamed(MaybeTensor grad_out, MaybeTensor grad_c, const Tensor& x, MaybeTensor h,
+                           MaybeTensor c, const Tensor& weight_ih, const Tensor& weight_hh,
+                           MaybeTensor bias, MaybeTensor peephole, const Tensor& out,
+                           const Tensor& c_last, const Tensor& cells, const Tensor& gates,
+                           int64_t dilation, std::vector<bool> needs) {
+  const Allocator allocate(kOp, x);
+  size_t i = 0;
+  if (is_empty(x)) {
+    const auto zeros = [&](const MaybeTensor& of) {
+      const bool need = needs.at(i++) && of;
+      return allocate.zeros(need ? sizes_of(*of) : Sizes{0}, (of ? *of : x).scalar_type());
+    };
+    return Gradients{zeros(x),         zeros(h),    zeros(c),       zeros(weight_ih),
+                     zeros(weight_hh), zeros(bias), zeros(peephole)};
+  }
+  const auto [dx, dh, dc, dweight_ih, dweight_hh, dbias, dpeephole] =
+      backward(grad_out, as_contiguous(grad_c), x, as_contiguous(h), as_contiguous(c),
+               as_contiguous(weight_ih), as_contiguous(weight_hh), as_contiguous(bias),
+               as_contiguous(peephole), as_contiguous(out), as_contiguous(c_last),
+               as_contiguous(cells), as_contiguous(gates), within(dilation, x), needs);
+  const auto like = [&](const Tensor& gradient, const MaybeTensor& of) {
+    const ScalarType type = (of ? *of : x).scalar_type();
+    if (!needs[i++] || !of) return allocate.empty({0}, type);
+    return gradient.scalar_type() == type ? gradient : torch::stable::to(gradient, type);
+  };
+  return Gradients{like(dx, x),
+                   like(dh, h),
+                   like(dc, c),
+                   like(dweight_ih, weight_ih),
+                   like(dweight_hh, weight_hh),
+                   like(dbias, bias),
+                   like(dpeephole, peephole)};
+}
+
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vsod_ops, m) {
+  define_all(m,
+#include "../../vsod_ops/conv_lstm/schemas.inc"
+  );
+}
 
 STABLE_TORCH_LIBRARY_IMPL(vsod_ops, CPU, m) {
   m.impl("conv_lstm_cpu", TORCH_BOX(&forward));
   m.impl("conv_lstm_backward_cpu", TORCH_BOX(&backward));
   m.impl("conv_lstm_activate_cpu", TORCH_BOX(&activate));
+  if (!level_is_known()) return;
+  m.impl("conv_lstm.unnamed", TORCH_BOX(&forward_unnamed));
+  m.impl("conv_lstm_backward.unnamed", TORCH_BOX(&backward_unnamed));
 }
 
 }  // namespace conv_lstm

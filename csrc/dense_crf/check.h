@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include <optional>
+
 #include "../common/tensors.h"
 #include "geometry.h"
 
@@ -13,6 +15,13 @@ struct Numbers {
   int64_t iterations;
   double gaussian_sxy, gaussian_weight, bilateral_sxy, bilateral_srgb, bilateral_weight;
 };
+
+// Whether the vertices of a lattice over an image's positions, and its colours if srgb is given,
+// have 64-bit keys.
+inline bool fits(int64_t height, int64_t width, double sxy, std::optional<double> srgb) {
+  return srgb ? any_level::Geometry<5>(height, width, sxy, *srgb).fits
+              : any_level::Geometry<2>(height, width, sxy, 0).fits;
+}
 
 constexpr int64_t kMostIterations = 1000, kMostPixels = int64_t(1) << 28;
 
@@ -44,11 +53,9 @@ inline void check(Device device, const Tensor& prob, const Tensor& image, const 
   number("bilateral_sxy", n.bilateral_sxy, false);
   number("bilateral_srgb", n.bilateral_srgb, false);
   number("bilateral_weight", n.bilateral_weight, true);
-  STD_TORCH_CHECK(
-      n.gaussian_weight == 0 || any_level::Geometry<2>(height, width, n.gaussian_sxy, 0).fits, kOp,
-      ": gaussian_sxy = ", n.gaussian_sxy, " is too small for an image of this size");
-  STD_TORCH_CHECK(n.bilateral_weight == 0 ||
-                      any_level::Geometry<5>(height, width, n.bilateral_sxy, n.bilateral_srgb).fits,
+  STD_TORCH_CHECK(n.gaussian_weight == 0 || fits(height, width, n.gaussian_sxy, {}), kOp,
+                  ": gaussian_sxy = ", n.gaussian_sxy, " is too small for an image of this size");
+  STD_TORCH_CHECK(n.bilateral_weight == 0 || fits(height, width, n.bilateral_sxy, n.bilateral_srgb),
                   kOp, ": bilateral_sxy = ", n.bilateral_sxy,
                   " with bilateral_srgb = ", n.bilateral_srgb,
                   " is too small for an image of this size");

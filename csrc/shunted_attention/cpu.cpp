@@ -1,14 +1,16 @@
 // Host side of shunted attention on the CPU: checks, allocation, choice of the SIMD level.
-// Schemas are in vsod_ops/shunted_attention/op.py, the kernel in cpu_kernel.cpp.
+// Schemas are in vsod_ops/shunted_attention/schemas.inc, the kernel in cpu_kernel.cpp.
 
 #include "cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "../common/levels.h"
 #include "../common/parallel.h"
+#include "../common/schemas.h"
 #include "../common/tensors.h"
 
 namespace vsod {
@@ -145,11 +147,56 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
   return {dq, dkeys, dvalues};
 }
 
+// A call that names no backend: as op.py does for the others, with a default scale and empty
+// tensors.
+
+double factor(const Tensor& q, std::optional<double> scale) {
+  return scale ? *scale : std::pow(double(q.size(3)), -0.5);
+}
+
+std::tuple<Tensor, Tensor> forward_unnamed(const Tensor& q, Tensors keys, Tensors values,
+                                           std::optional<double> scale) {
+  if (q.numel() > 0) return forward(q, keys, values, factor(q, scale));
+  const Allocator allocate(kOp, q);
+  return {allocate.empty_like(q),
+          allocate.empty({q.size(0), q.size(1), q.size(2)}, compute_type(q))};
+}
+
+std::tuple<Tensor, Tensors, Tensors> backward_unnamed(const Tensor& grad_out, const Tensor& q,
+                                                      Tensors keys, Tensors values,
+                                                      const Tensor& out, const Tensor& lse,
+                                                      std::optional<double> scale, bool need_q,
+                                                      std::vector<bool> need_keys,
+                                                      std::vector<bool> need_values) {
+  if (q.numel() > 0)
+    return backward(grad_out, q, keys, values, out, as_contiguous(lse), factor(q, scale), need_q,
+                    need_keys, need_values);
+  const Allocator allocate(kOp, q);
+  const auto zeros = [&](const Tensor& x, bool need) {
+    return allocate.zeros(need ? sizes_of(x) : Sizes{0}, x.scalar_type());
+  };
+  Tensors dkeys, dvalues;
+  for (size_t g = 0; g < keys.size(); ++g) {
+    dkeys.push_back(zeros(keys[g], need_keys.at(g)));
+    dvalues.push_back(zeros(values.at(g), need_values.at(g)));
+  }
+  return {zeros(q, need_q), dkeys, dvalues};
+}
+
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vsod_ops, m) {
+  define_all(m,
+#include "../../vsod_ops/shunted_attention/schemas.inc"
+  );
+}
 
 STABLE_TORCH_LIBRARY_IMPL(vsod_ops, CPU, m) {
   m.impl("shunted_attention_cpu", TORCH_BOX(&forward));
   m.impl("shunted_attention_backward_cpu", TORCH_BOX(&backward));
+  if (!level_is_known()) return;
+  m.impl("shunted_attention.unnamed", TORCH_BOX(&forward_unnamed));
+  m.impl("shunted_attention_backward.unnamed", TORCH_BOX(&backward_unnamed));
 }
 
 }  // namespace shunted_attention

@@ -149,8 +149,9 @@ def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, 
     needs_grad = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     if needs_grad and any(t is not None and t.requires_grad for t in (*tensors, c)):
         save = op.what_to_save(x, weight_hh.shape[1], recompute, backend)
-    out, c_last, _, _ = op.conv_lstm(
-        x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend
+    arguments = (x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save)
+    out, c_last, _, _ = (
+        op.unnamed(*arguments) if backend is None else op.conv_lstm(*arguments, backend)
     )
     return out, (out[:, -1], c_last)
 

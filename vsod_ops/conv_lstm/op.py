@@ -1,7 +1,8 @@
-"""The torch op: schema, choice of backend, fake kernel, autograd.
+"""The torch op: choice of backend, fake kernel, autograd.  Its schemas are in schemas.inc.
 
 The op itself is a small Python kernel that picks a backend at run time, so that the choice is
-never baked into a traced graph.
+never baked into a traced graph; for a call on a CPU that names none it is the compiled module's
+(``conv_lstm.unnamed``).
 
 The contract between forward and backward, which every backend keeps.  N is x's dtype, S the dtype
 of the cell state (float32 for 16-bit N, else N).  All results are contiguous.
@@ -27,7 +28,7 @@ of the cell state (float32 for 16-bit N, else N).  All results are contiguous.
 import torch
 from torch import Tensor
 
-from .. import backends, transforms
+from .. import backends, schemas, transforms
 from ..backends import FLOATS, FLOATS_AND_DOUBLE, Backend
 from . import reference
 
@@ -55,32 +56,11 @@ def choose(
 
 SAVE_NOTHING, SAVE_CELLS, SAVE_GATES = 0, 1, 2  # what forward keeps for the backward
 
-_INPUTS = (
-    "Tensor x, Tensor? h, Tensor? c, Tensor weight_ih, Tensor weight_hh, Tensor? bias, "
-    "Tensor? weight_peephole"
-)
-_FORWARD = (
-    f"({_INPUTS}, int dilation, int save{{}}) "
-    "-> (Tensor out, Tensor c_last, Tensor cells, Tensor gates)"
-)
-_BACKWARD = (
-    f"(Tensor? grad_out, Tensor? grad_c, {_INPUTS}, Tensor out, Tensor c_last, Tensor cells, "
-    "Tensor gates, int dilation, bool[] needs{}) -> (Tensor dx, Tensor dh, Tensor dc, "
-    "Tensor dweight_ih, Tensor dweight_hh, Tensor dbias, Tensor dweight_peephole)"
-)
-_lib = torch.library.Library("vsod_ops", "FRAGMENT")
-_lib.define("conv_lstm" + _FORWARD.format(", str? backend"))
-_lib.define("conv_lstm_backward" + _BACKWARD.format(", str? backend"))
-_lib.define("conv_lstm_cpu" + _FORWARD.format(""))  # csrc/conv_lstm/cpu.cpp
-_lib.define("conv_lstm_backward_cpu" + _BACKWARD.format(""))
-_lib.define("conv_lstm_cuda" + _FORWARD.format(""))  # csrc/conv_lstm/cuda.cu
-_lib.define("conv_lstm_backward_cuda" + _BACKWARD.format(""))
-_lib.define("conv_lstm_cuda_on_host" + _FORWARD.format(", bool reverse"))  # cuda_on_host.cpp
-_lib.define("conv_lstm_backward_cuda_on_host" + _BACKWARD.format(", int window, bool reverse"))
-_lib.define("conv_lstm_activate_cpu(Tensor x) -> (Tensor sigmoid, Tensor tanh)")  # for tests
-
+_lib = schemas.library("conv_lstm")
 conv_lstm = torch.ops.vsod_ops.conv_lstm.default
-_conv_lstm_backward = torch.ops.vsod_ops.conv_lstm_backward.default
+unnamed = torch.ops.vsod_ops.conv_lstm.unnamed
+_backward_op = torch.ops.vsod_ops.conv_lstm_backward.default
+_backward_unnamed = torch.ops.vsod_ops.conv_lstm_backward.unnamed
 
 
 # Up to this many planes C + M, computing the gates again costs a CPU no more than writing them to
@@ -110,11 +90,11 @@ def within(dilation: int, x: Tensor) -> int:
     return min(dilation, max(x.shape[-2:]))
 
 
-def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
+def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend=None):
     chosen = choose(backend, x.device.type, x.dtype, x.shape[2], weight_hh.shape[1])
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
-        return _fake_forward(*inputs, dilation, save, backend)
+        return _fake_forward(*inputs, dilation, save)
     dilation = within(dilation, x)
     if chosen == "cpu":
         return torch.ops.vsod_ops.conv_lstm_cpu(*inputs, dilation, save)
@@ -129,14 +109,14 @@ def _forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, sav
 
 def _backward(
     grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
-    out, c_last, cells, gates, dilation, needs, backend,
+    out, c_last, cells, gates, dilation, needs, backend=None,
 ):  # fmt: skip
     chosen = choose(backend, x.device.type, x.dtype, x.shape[2], weight_hh.shape[1])
     inputs = (x, *_contiguous(h, c, weight_ih, weight_hh, bias, weight_peephole))
     kept = _contiguous(out, c_last, cells, gates)
     grads = (grad_out, *_contiguous(grad_c))
     if x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4] == 0:
-        empty = _fake_backward(*grads, *inputs, *kept, dilation, needs, backend)
+        empty = _fake_backward(*grads, *inputs, *kept, dilation, needs)
         return tuple(t.zero_() for t in empty)
     dilation = within(dilation, x)
     if chosen == "cuda":
@@ -154,7 +134,9 @@ def _backward(
     return reference.backward(*grads, *inputs, *kept, dilation, needs)
 
 
-def _fake_forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend):
+def _fake_forward(
+    x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save, backend=None
+):
     batch, steps, _, height, width = x.shape
     hidden = weight_hh.shape[1]
     dtype = state_dtype(x.dtype)
@@ -170,7 +152,7 @@ def _fake_forward(x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation
 
 def _fake_backward(
     grad_out, grad_c, x, h, c, weight_ih, weight_hh, bias, weight_peephole,
-    out, c_last, cells, gates, dilation, needs, backend,
+    out, c_last, cells, gates, dilation, needs, backend=None,
 ):  # fmt: skip
     tensors = (x, h, c, weight_ih, weight_hh, bias, weight_peephole)
     return tuple(
@@ -180,7 +162,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.dilation, _, ctx.backend = inputs
+    tensors, (ctx.dilation, _, *ctx.backend) = inputs[:7], inputs[7:]  # a name, or nothing
     out, c_last, cells, gates = output
     ctx.mark_non_differentiable(cells, gates)
     ctx.set_materialize_grads(False)
@@ -190,27 +172,26 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad_out, grad_c, _grad_cells, _grad_gates):
     *tensors, out, c_last, cells, gates = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
+    forward, backward = (conv_lstm, _backward_op) if ctx.backend else (unnamed, _backward_unnamed)
     if cells.dim() == 1:  # the op was called with SAVE_NOTHING
-        cells = conv_lstm(*tensors, ctx.dilation, SAVE_CELLS, ctx.backend)[2]
-    grads = _conv_lstm_backward(
-        grad_out, grad_c, *tensors, out, c_last, cells, gates, ctx.dilation, needs, ctx.backend
+        cells = forward(*tensors, ctx.dilation, SAVE_CELLS, *ctx.backend)[2]
+    grads = backward(
+        grad_out, grad_c, *tensors, out, c_last, cells, gates, ctx.dilation, needs, *ctx.backend
     )
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+    wanted = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return *wanted, *(None for _ in ("dilation", "save", *ctx.backend))
 
 
 def _double_backward(ctx, *grads):
     raise NotImplementedError("conv_lstm is differentiable once; there is no double backward")
 
 
-for _name, _kernel, _fake in (
-    ("conv_lstm", _forward, _fake_forward),
-    ("conv_lstm_backward", _backward, _fake_backward),
+for _op, _kernel, _fake, _gradient in (
+    ("conv_lstm", _forward, _fake_forward, (_autograd, _setup_context)),
+    ("conv_lstm_backward", _backward, _fake_backward, (_double_backward,)),
 ):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"vsod_ops::{_name}", _fake, lib=_lib)
-transforms.register_autograd(_lib, "conv_lstm", _autograd, _setup_context)
-transforms.register_autograd(_lib, "conv_lstm_backward", _double_backward)
-for _name in ("conv_lstm", "conv_lstm_backward"):
+    for _name in (_op, f"{_op}.unnamed"):
+        schemas.register(_lib, _name, _kernel, _fake)
+        transforms.register_autograd(_lib, _name, *_gradient)
     for _backend in ("cpu", "cuda", "cuda_on_host"):
-        transforms.register_autograd(_lib, f"{_name}_{_backend}")
+        transforms.register_autograd(_lib, f"{_op}_{_backend}")

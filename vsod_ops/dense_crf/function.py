@@ -116,7 +116,12 @@ def dense_crf(
         raise NotImplementedError(op.NO_GRADIENT)
     check_name(backend)
     widths = [float(numbers[name]) for name in list(given)[1:]]
-    return op.dense_crf(prob, image, numbers["iterations"], *widths, backend)
+    arguments = (prob, image, numbers["iterations"], *widths)
+    try:
+        return op.unnamed(*arguments) if backend is None else op.dense_crf(*arguments, backend)
+    except RuntimeError:
+        op.explain(*arguments)
+        raise
 
 
 def _check_numbers(numbers: Mapping[str, float]) -> None:

@@ -1,7 +1,17 @@
-"""The torch op: schema, checks of values, choice of backend, fake kernel, autograd.
+"""The torch op: checks of values, choice of backend, fake kernel; its schemas are in schemas.inc.
 
 The op itself is a small Python kernel that looks at the values and picks a backend at run time,
-so that neither is baked into a traced graph.  Compiled backends are ops of their own.
+so that neither is baked into a traced graph; for a call on a CPU that names none it is the compiled
+module's (``dense_crf.unnamed``), which says the same of them.  Compiled backends are ops of their
+own:
+
+    dense_crf_cpu           prob float32 and image uint8 or float32, both contiguous; hash_capacity:
+                            first size of the hash table, 0 for a guess from the size of the image
+    dense_crf_cuda          the same tensors on a GPU
+    dense_crf_cuda_on_host  its kernels in loops on the CPU, for tests; images_at_once: 0 for as
+                            many as on a GPU; reverse: every loop from its end to its start
+    dense_crf_fits          whether kernels can filter an image of this size with these deviations;
+                            srgb None: positions alone
 """
 
 import warnings
@@ -9,7 +19,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .. import backends, transforms
+from .. import backends, schemas, transforms
 from ..backends import FLOATS_AND_DOUBLE, Backend
 from . import reference
 
@@ -25,69 +35,55 @@ backends.register(
     ),
 )
 
-_NUMBERS = (
-    "int iterations, float gaussian_sxy, float gaussian_weight, "
-    "float bilateral_sxy, float bilateral_srgb, float bilateral_weight"
-)
-_lib = torch.library.Library("vsod_ops", "FRAGMENT")
-_lib.define(f"dense_crf(Tensor prob, Tensor image, {_NUMBERS}, str? backend) -> Tensor")
-# csrc/dense_crf/cpu.cpp; prob float32 and image uint8 or float32, both contiguous.
-# hash_capacity: first size of the hash table, 0 for a guess from the size of the image.
-_lib.define(f"dense_crf_cpu(Tensor prob, Tensor image, {_NUMBERS}, int hash_capacity) -> Tensor")
-_lib.define(f"dense_crf_cuda(Tensor prob, Tensor image, {_NUMBERS}) -> Tensor")  # cuda.cu
-# cuda_on_host.cpp: the same kernels in loops on the CPU, for tests; images_at_once: 0 for as many
-# as on a GPU; reverse: every loop from its end to its start.
-_lib.define(
-    f"dense_crf_cuda_on_host(Tensor prob, Tensor image, {_NUMBERS}, "
-    "int images_at_once, bool reverse) -> Tensor"
-)
-
+_lib = schemas.library("dense_crf")
 dense_crf = torch.ops.vsod_ops.dense_crf.default
+unnamed = torch.ops.vsod_ops.dense_crf.unnamed
 
 
 def _forward(prob: Tensor, image: Tensor, iterations: int, *arguments) -> Tensor:
-    *numbers, backend = arguments
+    numbers, (backend,) = arguments[:5], arguments[5:] or (None,)
     pixels = prob.shape[-2] * prob.shape[-1] if iterations else 0  # none are looked at without
     chosen = backends.choose("dense_crf", backend, prob.device.type, prob.dtype, {"pixels": pixels})
     if prob.numel() == 0:
         return _fake(prob, image, iterations, *arguments)
     prob, image = _check_values(prob, image)
+    _warn_of_scale(image)
     if iterations == 0:
         return prob.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if chosen == "reference":
         return reference.forward(prob, image, iterations, *numbers).float()
     prob = prob.to(torch.float32).contiguous()
     image = (image if image.dtype == torch.uint8 else image.to(torch.float32)).contiguous()
-    try:
-        if chosen == "cuda":
-            return torch.ops.vsod_ops.dense_crf_cuda(prob, image, iterations, *numbers)
-        return torch.ops.vsod_ops.dense_crf_cpu(prob, image, iterations, *numbers, 0)
-    except RuntimeError:
-        module = backends.compiled_module(f"_{chosen}")
-        if reason := _too_fine(module, image.shape[-2], image.shape[-1], *numbers):
-            raise ValueError(
-                f"dense_crf: {reason} is too small for an image of this size"
-            ) from None
-        raise
+    if chosen == "cuda":
+        return torch.ops.vsod_ops.dense_crf_cuda(prob, image, iterations, *numbers)
+    return torch.ops.vsod_ops.dense_crf_cpu(prob, image, iterations, *numbers, 0)
 
 
-def _too_fine(
-    module,
-    height,
-    width,
-    gaussian_sxy,
-    gaussian_weight,
-    bilateral_sxy,
-    bilateral_srgb,
-    bilateral_weight,
-):
-    """Vertices of the lattice are 64-bit keys: widths far below a pixel need more."""
-    if gaussian_weight > 0 and not module.dense_crf_fits(height, width, gaussian_sxy, None):
-        return f"gaussian_sxy = {gaussian_sxy:g}"
-    fits = module.dense_crf_fits(height, width, bilateral_sxy, bilateral_srgb)
-    if bilateral_weight > 0 and not fits:
-        return f"bilateral_sxy = {bilateral_sxy:g} with bilateral_srgb = {bilateral_srgb:g}"
-    return None
+def explain(
+    prob: Tensor,
+    image: Tensor,
+    iterations: int,
+    gaussian_sxy: float,
+    gaussian_weight: float,
+    bilateral_sxy: float,
+    bilateral_srgb: float,
+    bilateral_weight: float,
+) -> None:
+    """Raise ValueError if it is the values of a call that a compiled backend did not take."""
+    if prob.numel() == 0:
+        return
+    _check_values(prob, image)
+    if iterations == 0:
+        return
+    # Vertices of the lattice are 64-bit keys: widths far below a pixel need more.
+    fits, size = torch.ops.vsod_ops.dense_crf_fits, image.shape[-2:]
+    if gaussian_weight > 0 and not fits(*size, gaussian_sxy, None):
+        reason = f"gaussian_sxy = {gaussian_sxy:g}"
+    elif bilateral_weight > 0 and not fits(*size, bilateral_sxy, bilateral_srgb):
+        reason = f"bilateral_sxy = {bilateral_sxy:g} with bilateral_srgb = {bilateral_srgb:g}"
+    else:
+        return
+    raise ValueError(f"dense_crf: {reason} is too small for an image of this size")
 
 
 # Resampling reaches values outside by rounding: this share of the range is clamped.
@@ -116,15 +112,16 @@ def _check_values(prob: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
             )
     if image.dtype == torch.uint8:
         return prob, image
-    image = _clamped("image", image, 255)
-    high = image.amax().item()
-    if image.is_floating_point() and 0 < high <= 1:
+    return prob, _clamped("image", image, 255)
+
+
+def _warn_of_scale(image: Tensor) -> None:
+    if image.is_floating_point() and 0 < (high := image.amax().item()) <= 1:
         warnings.warn(
             f"dense_crf: image has values up to {high:g}, but its scale is 0..255: "
             "in 0..1 all colours are nearly the same to the CRF",
             stacklevel=2,
         )
-    return prob, image
 
 
 def _fake(prob: Tensor, image: Tensor, *arguments) -> Tensor:
@@ -138,9 +135,10 @@ def _no_gradient(ctx, grad):
     raise NotImplementedError(NO_GRADIENT)
 
 
-for _key in ("CPU", "CUDA"):
-    _lib.impl("dense_crf", _forward, _key)
-torch.library.register_fake("vsod_ops::dense_crf", _fake, lib=_lib)
-transforms.register_autograd(_lib, "dense_crf", _no_gradient)
-for _name in ("dense_crf_cpu", "dense_crf_cuda", "dense_crf_cuda_on_host"):
+for _name in ("dense_crf", "dense_crf.unnamed"):
+    schemas.register(_lib, _name, _forward, _fake)
+for _name in (
+    *("dense_crf", "dense_crf.unnamed"),
+    *("dense_crf_cpu", "dense_crf_cuda", "dense_crf_cuda_on_host"),
+):
     transforms.register_autograd(_lib, _name, _no_gradient)

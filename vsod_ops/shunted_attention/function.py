@@ -76,7 +76,12 @@ def shunted_attention(
     if not mapped and transforms.applies("shunted_attention", tensors, backend):
         out, lse = reference.differentiable(q, keys, values, op.factor(q, scale))
     else:
-        out, lse = op.shunted_attention(q, keys, values, scale, backend)
+        # Dynamo shows a scale that changes as a float.
+        is_symbol = isinstance(scale, torch.SymFloat) or torch.compiler.is_dynamo_compiling()
+        if backend is None and (scale is None or not is_symbol):
+            out, lse = op.unnamed(q, keys, values, scale)
+        else:
+            out, lse = op.shunted_attention(q, keys, values, scale, backend)
     return (out, lse.float()) if return_lse else out
 
 

@@ -1,12 +1,18 @@
-"""The torch op: schema, choice of backend, fake kernel, autograd.
+"""The torch op: choice of backend, fake kernel, autograd.  Its schemas are in schemas.inc.
 
 The op itself is a small Python kernel that picks a backend at run time, so that the choice is
-never baked into a traced graph.  Compiled backends are ops of their own, with the same arguments.
+never baked into a traced graph; for a call on a CPU that names none it is the compiled module's
+(``shunted_attention.unnamed``).  Compiled backends are ops of their own, with the same arguments.
+
+lse is in the compute dtype (float64 for float64).  A gradient that is not needed comes back as a
+tensor of shape (0,).  A Scalar stays a symbol where torch.compile traces a changing scale; a float
+would be compiled in, but torch's stable ABI has no Scalar.  No scale is D ** -0.5, or every
+head_dim would be compiled anew.
 """
 
 import torch
 
-from .. import backends, transforms
+from .. import backends, schemas, transforms
 from ..backends import FLOATS, FLOATS_AND_DOUBLE, Backend
 from . import reference
 
@@ -17,24 +23,11 @@ backends.register(
     Backend("reference", FLOATS_AND_DOUBLE, "plain PyTorch, scores in memory"),
 )
 
-_lib = torch.library.Library("vsod_ops", "FRAGMENT")
-_FORWARD = "(Tensor q, Tensor[] keys, Tensor[] values, {} scale{}) -> (Tensor out, Tensor lse)"
-_BACKWARD = (
-    "(Tensor grad_out, Tensor q, Tensor[] keys, Tensor[] values, Tensor out, Tensor lse, "
-    "{} scale, bool need_q, bool[] need_keys, bool[] need_values{}) "
-    "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues)"
-)
-# lse is in the compute dtype (float64 for float64).  A gradient that is not needed comes back
-# as a tensor of shape (0,).  A Scalar stays a symbol where torch.compile traces a changing scale; a
-# float would be compiled in.  No scale is D ** -0.5, or every head_dim would be compiled anew.
-_lib.define("shunted_attention" + _FORWARD.format("Scalar?", ", str? backend"))
-_lib.define("shunted_attention_backward" + _BACKWARD.format("Scalar?", ", str? backend"))
-# csrc/shunted_attention/cpu.cpp
-_lib.define("shunted_attention_cpu" + _FORWARD.format("float", ""))
-_lib.define("shunted_attention_backward_cpu" + _BACKWARD.format("float", ""))
-
+_lib = schemas.library("shunted_attention")
 shunted_attention = torch.ops.vsod_ops.shunted_attention.default
-_shunted_attention_backward = torch.ops.vsod_ops.shunted_attention_backward.default
+unnamed = torch.ops.vsod_ops.shunted_attention.unnamed
+_backward_op = torch.ops.vsod_ops.shunted_attention_backward.default
+_backward_unnamed = torch.ops.vsod_ops.shunted_attention_backward.unnamed
 
 
 def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
@@ -47,10 +40,10 @@ def factor(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _forward(q, keys, values, scale, backend):
+def _forward(q, keys, values, scale, backend=None):
     chosen = choose(backend, q.device.type, q.dtype)
     if q.numel() == 0:
-        return _fake_forward(q, keys, values, scale, backend)
+        return _fake_forward(q, keys, values, scale)
     scale = float(factor(q, scale))
     if chosen == "cpu":
         return torch.ops.vsod_ops.shunted_attention_cpu(q, keys, values, scale)
@@ -61,13 +54,15 @@ def _forward(q, keys, values, scale, backend):
     return reference.forward(q, keys, values, scale)
 
 
-def _backward(grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend):
+def _backward(
+    grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend=None
+):
     chosen = choose(backend, q.device.type, q.dtype)
     lse = lse.contiguous()  # a hook on saved tensors, or vmap, may give it other strides
     tensors = (grad_out, q, keys, values, out, lse, float(factor(q, scale)))
     needs = (need_q, need_keys, need_values)
     if q.numel() == 0:
-        dq, dkeys, dvalues = _fake_backward(*tensors, *needs, backend)
+        dq, dkeys, dvalues = _fake_backward(*tensors, *needs)
         return dq.zero_(), [g.zero_() for g in dkeys], [g.zero_() for g in dvalues]
     if chosen == "cpu":
         return torch.ops.vsod_ops.shunted_attention_backward_cpu(*tensors, *needs)
@@ -83,13 +78,13 @@ def _backward(grad_out, q, keys, values, out, lse, scale, need_q, need_keys, nee
     )
 
 
-def _fake_forward(q, keys, values, scale, backend):
+def _fake_forward(q, keys, values, scale, backend=None):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def _fake_backward(
-    grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend
+    grad_out, q, keys, values, out, lse, scale, need_q, need_keys, need_values, backend=None
 ):
     def grad(x, need):
         return torch.empty_like(x) if need else x.new_empty(0)
@@ -102,7 +97,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output):
-    q, keys, values, ctx.scale, ctx.backend = inputs
+    q, keys, values, ctx.scale, *ctx.backend = inputs  # a name, or nothing
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.groups = len(keys)
@@ -113,9 +108,10 @@ def _autograd(ctx, grad_out, _grad_lse):
     q, *key_values, out, lse = ctx.saved_tensors
     keys, values = key_values[: ctx.groups], key_values[ctx.groups :]
     need_q, need_keys, need_values = ctx.needs_input_grad[:3]
-    dq, dkeys, dvalues = _shunted_attention_backward(
+    backward = _backward_op if ctx.backend else _backward_unnamed
+    dq, dkeys, dvalues = backward(
         *(grad_out, q, keys, values, out, lse, ctx.scale),
-        *(need_q, list(need_keys), list(need_values), ctx.backend),
+        *(need_q, list(need_keys), list(need_values), *ctx.backend),
     )
 
     def wanted(grads, needs):
@@ -125,8 +121,7 @@ def _autograd(ctx, grad_out, _grad_lse):
         dq if need_q else None,
         wanted(dkeys, need_keys),
         wanted(dvalues, need_values),
-        None,
-        None,
+        *(None for _ in ("scale", *ctx.backend)),
     )
 
 
@@ -154,31 +149,25 @@ def _unfolded(size: int, x):
     return x.unflatten(0, (size, x.shape[0] // size)) if x.dim() > 1 else x.expand(size, 0)
 
 
-def _vmap_forward(info, in_dims, *arguments):
-    tensors, rest = arguments[:3], arguments[3:]
-    size = info.batch_size
-    folded = [_folded(size, x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
-    out, lse = shunted_attention(*folded, *rest)
-    return (_unfolded(size, out), _unfolded(size, lse)), (0, 0)
+def _over_batch(op, tensor_count):
+    """The vmap rule of an op whose first arguments are tensors."""
+
+    def rule(info, in_dims, *arguments):
+        tensors, rest = arguments[:tensor_count], arguments[tensor_count:]
+        size = info.batch_size
+        folded = [_folded(size, x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
+        results = tuple(_unfolded(size, x) for x in op(*folded, *rest))
+        return results, tuple([0] * len(x) if isinstance(x, list) else 0 for x in results)
+
+    return rule
 
 
-def _vmap_backward(info, in_dims, *arguments):
-    tensors, rest = arguments[:6], arguments[6:]
-    size = info.batch_size
-    folded = [_folded(size, x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
-    grads = tuple(_unfolded(size, g) for g in _shunted_attention_backward(*folded, *rest))
-    return grads, tuple([0] * len(g) if isinstance(g, list) else 0 for g in grads)
-
-
-for _name, _kernel, _fake, _vmap in (
-    ("shunted_attention", _forward, _fake_forward, _vmap_forward),
-    ("shunted_attention_backward", _backward, _fake_backward, _vmap_backward),
+for _op, _kernel, _fake, _tensors, _gradient in (
+    ("shunted_attention", _forward, _fake_forward, 3, (_autograd, _setup_context)),
+    ("shunted_attention_backward", _backward, _fake_backward, 6, (_double_backward,)),
 ):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"vsod_ops::{_name}", _fake, lib=_lib)
-    torch.library.register_vmap(f"vsod_ops::{_name}", _vmap, lib=_lib)
-transforms.register_autograd(_lib, "shunted_attention", _autograd, _setup_context)
-transforms.register_autograd(_lib, "shunted_attention_backward", _double_backward)
-for _name in ("shunted_attention_cpu", "shunted_attention_backward_cpu"):
-    transforms.register_autograd(_lib, _name)
+    for _name in (_op, f"{_op}.unnamed"):
+        _vmap = _over_batch(schemas.op(_name), _tensors)
+        schemas.register(_lib, _name, _kernel, _fake, _vmap)
+        transforms.register_autograd(_lib, _name, *_gradient)
+    transforms.register_autograd(_lib, f"{_op}_cpu")

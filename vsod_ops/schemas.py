@@ -1,0 +1,49 @@
+"""The torch ops of an op: its schemas, and what Python registers for them.
+
+Schemas stand in <op>/schemas.inc.  The compiled CPU module defines them when it loads, so that a
+saved program finds them without Python; where it is absent, they are defined here.
+
+Each op has an overload ``unnamed`` for calls that name no backend.  On a CPU its kernel is in the
+compiled module, and no step in Python lies between a call and it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import backends
+
+
+def library(op: str) -> torch.library.Library:
+    """A library for registrations of `op`, whose schemas are defined."""
+    lib = torch.library.Library("vsod_ops", "FRAGMENT")
+    backends.compiled_module("_cpu")
+    if not hasattr(torch.ops.vsod_ops, op):
+        text = (Path(__file__).parent / op / "schemas.inc").read_text()
+        text = text.removeprefix('R"(').rstrip().removesuffix(')"')  # the marks of C++
+        for schema in text.split("\n\n"):
+            lib.define(" ".join(schema.split()))
+    return lib
+
+
+def op(name: str) -> torch._ops.OpOverload:
+    """The torch op "name" or "name.overload"."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.vsod_ops, packet), overload or "default")
+
+
+def register(
+    lib: torch.library.Library,
+    name: str,
+    kernel: Callable,
+    fake: Callable,
+    vmap: Callable | None = None,
+) -> None:
+    """Register `kernel` for tensors of a device that no compiled kernel is registered for."""
+    for key in ("CPU", "CUDA"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vsod_ops::{name}", key):
+            lib.impl(name, kernel, key)
+    torch.library.register_fake(f"vsod_ops::{name}", fake, lib=lib)
+    if vmap is not None:
+        torch.library.register_vmap(f"vsod_ops::{name}", vmap, lib=lib)
