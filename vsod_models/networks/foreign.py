@@ -50,6 +50,8 @@ class PerFrame(SaliencyModel):
         self.side_multiple = side_multiple
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
+        if not self.mean.shape == self.std.shape == (3, 1, 1) or not self.std.all():
+            raise ValueError("three numbers each are needed, and none of std is 0")
 
     def encode(self, frames: Tensor, prior: Tensor | None = None) -> list[Tensor]:
         flat = (frames.flatten(0, 1) - self.mean) / self.std

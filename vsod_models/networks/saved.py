@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -130,7 +131,9 @@ def hub_folder(name: str, inside: str = "") -> Path:
 def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The configuration, and the weights of the model, of a checkpoint of a training."""
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about pickles that are none of ours: the error says it
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         config, state = checkpoint["config"], checkpoint["state_dict"]
         for part in (config["model"], config["data"], state):  # or another program's checkpoint
             if not isinstance(part, dict):

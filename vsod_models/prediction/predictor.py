@@ -345,7 +345,7 @@ class VideoPredictor:
             yield
         except (InputError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not self.source or "memory" in str(error):
                 raise
             kind = type(error).__name__
