@@ -284,8 +284,8 @@ def test_ctrl_c_keeps_what_is_done_though_nothing_comes_any_more(tmp_path):
 # ---- RTSP
 
 
-def rtsp_server(data):
-    """Serves MPEG-TS over RTP, interleaved, once; its address."""
+def rtsp_server(data, end=None):
+    """Serves MPEG-TS over RTP, interleaved, once, and is silent until `end`; its address."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def work():
@@ -315,6 +315,8 @@ def rtsp_server(data):
                 packet = struct.pack(">BBHII", 0x80, 33, number, number * 3600, 1) + part
                 connection.sendall(b"$\0" + struct.pack(">H", len(packet)) + packet)
                 time.sleep(0.002)
+            if end is not None:
+                end.wait(60)
 
     threading.Thread(target=work, daemon=True).start()
     return f"rtsp://user:secret@127.0.0.1:{listening.getsockname()[1]}/stream"
@@ -327,6 +329,21 @@ def test_rtsp(tmp_path, monkeypatch):
     assert 28 <= written.frames <= 30
     assert len(decode(tmp_path / "out.mp4")[0]) == written.frames
     assert all("secret" not in note for note in written.notes)
+
+
+def test_a_source_that_falls_silent_ends(tmp_path, monkeypatch):
+    opened = av.open
+    monkeypatch.setattr(  # as long to open as it takes, 2 s for a frame
+        live.av, "open", lambda *a, timeout=None, **k: opened(*a, timeout=timeout and (60, 2), **k)
+    )
+    monkeypatch.setattr(live, "SECONDS", 2.0)
+    end = threading.Event()
+    source = Live(rtsp_server(transport_stream(30), end))
+    written = predict_file(VideoPredictor(Bright(), "cpu"), source, tmp_path / "out.mp4")
+    end.set()
+    assert not written.stopped
+    assert len(decode(tmp_path / "out.mp4")[0]) == written.frames > 0
+    assert f"{source.name}: stopped: nothing for 2 s" in written.notes, written.notes
 
 
 def test_what_cannot_be_opened_is_one_line(tmp_path, capsys, pipe):

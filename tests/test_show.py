@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from clips import decode, make_video  # noqa: E402
 from commands import refused, vsod  # noqa: E402
 from test_live import Bright, pipe, transport_stream  # noqa: E402, F401
 
+from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media.live import Live  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.prediction import VideoPredictor, predict_file  # noqa: E402
@@ -87,6 +89,14 @@ def test_a_reader_that_goes_away_is_one_line(tmp_path, capsys):
     assert "device cpu" in result[2].splitlines()[0]
     error = "\n".join(result[2].splitlines()[1:]) + "\n"
     refused((result[0], result[1], error), "-: was closed by its reader")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+def test_a_full_disk_behind_standard_output(tmp_path):
+    source = open_source(make_video(tmp_path / "clip.mp4", frames=4))
+    full = pytest.raises(InputError, match="-: cannot be written: no space left on device")
+    with open("/dev/full", "wb") as to, standard_output(to), full:
+        predict_file(VideoPredictor(Bright(), "cpu"), source, "-")
 
 
 def test_what_cannot_go_there(tmp_path, capsys, monkeypatch):
