@@ -96,6 +96,16 @@ def test_the_tables_of_the_reproduction_are_those_of_its_results():
         assert f"<!-- table:{name}:begin -->\n\n{filled}\n\n<!-- table:{name}:end -->" in page
 
 
+def test_the_scores_are_those_of_their_results():
+    script = runpy.run_path(str(ROOT / "docs" / "scores.py"))
+    page = (ROOT / "docs" / "scores.md").read_text()
+    for protocol in script["PROTOCOLS"]:
+        filled = script["table"](protocol, script["RESULTS"])
+        assert (
+            f"<!-- table:{protocol}:begin -->\n\n{filled}\n\n<!-- table:{protocol}:end -->" in page
+        )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_name_files_that_are_there(page):
     """By their paths, or the ends of these."""
