@@ -118,6 +118,23 @@ def test_windows_are_averaged_and_each_frame_is_encoded_once(count, overlap, bat
     np.testing.assert_allclose(np.stack(made), expected, rtol=0, atol=1e-6)
 
 
+def test_maps_reach_the_windows_in_their_own_layout():
+    class ChannelsLast(Windowed):
+        def encode(self, frames):
+            bright, red = super().encode(frames)
+            last = torch.cat([bright, bright], 2).movedim(2, -1).contiguous().movedim(-1, 2)
+            return [bright, red, last]
+
+        def decode(self, maps, size):
+            *maps, last = maps
+            assert last[0].is_contiguous(memory_format=torch.channels_last)
+            assert maps[0].is_contiguous() and torch.equal(last, maps[0].expand_as(last))
+            return super().decode(maps, size)
+
+    made = VideoPredictor(ChannelsLast(), "cpu").predict_clip(clip(7))
+    np.testing.assert_array_equal(made, VideoPredictor(Windowed(), "cpu").predict_clip(clip(7)))
+
+
 @pytest.mark.parametrize("foreign", [False, True])
 def test_the_two_halves_of_a_model_run_in_threads_of_their_own(foreign):
     class Noting(Windowed):

@@ -365,7 +365,7 @@ class VideoPredictor:
         with self._running():
             levels = range(len(windows[0][0].maps))
             maps = [
-                torch.stack([torch.stack([one.maps[k] for one in window]) for window in windows])
+                torch.stack([_stacked([one.maps[k] for one in window]) for window in windows])
                 for k in levels
             ]
             logits = self.model.decode(maps, self.size)
@@ -444,6 +444,13 @@ class VideoPredictor:
             refined = vsod_ops.dense_crf(probability, picture, preset=self.crf)
             saliency = refined[0].cpu().numpy()
         return saliency
+
+
+def _stacked(maps: Sequence[Tensor]) -> Tensor:
+    """(C, h, w) of each frame -> (T, C, h, w) in the layout that they have, channels last or not."""
+    if maps[0].stride(0) == 1:
+        return torch.stack([m.movedim(0, -1) for m in maps]).movedim(-1, 1)
+    return torch.stack(list(maps))
 
 
 def as_planes(picture: np.ndarray) -> Tensor:
