@@ -40,6 +40,7 @@ from vsod_models.prediction import (  # noqa: E402
     predict_dataset,
     predict_file,
 )
+from vsod_models.prediction.predictor import bfloat16_pays  # noqa: E402
 from vsod_models.prior.cache import make_priors  # noqa: E402
 from vsod_models.prior.flow import FlowMagnitude, frame_prior  # noqa: E402
 
@@ -230,6 +231,30 @@ def test_batch_norm_is_folded_away(backbone):
     frames = torch.rand(1, 2, 3, 64, 96)
     with torch.no_grad():
         torch.testing.assert_close(quick(frames), model.eval()(frames), rtol=1e-3, atol=1e-3)
+
+
+def quick_and_plain(precision):
+    model = MSSA("mobilenet_v2", levels=(16, 32), skips=(4,), num_heads=(2, 4), dim=16, depth=1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+    predictor = VideoPredictor(model, "cpu", precision=precision)
+    return predictor.model, for_inference(model, getattr(torch, precision))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_run_with_their_convolutions(precision):
+    quick, plain = quick_and_plain(precision)
+    kinds = [sum(isinstance(m, nn.ReLU6) for m in model.modules()) for model in (plain, quick)]
+    pays = precision == "float32" or bfloat16_pays()
+    fused = torch.backends.mkldnn.is_available() and pays
+    assert kinds[0] > 30 and (kinds[1] == 0) is fused
+    assert list(quick.state_dict()) == list(plain.state_dict())
+    frames = torch.rand(1, 2, 3, 64, 96)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.no_grad(), autocast:
+        bound = dict(rtol=1e-4, atol=1e-4) if precision == "float32" else dict(rtol=0.02, atol=0.02)
+        torch.testing.assert_close(quick(frames), plain(frames), **bound)
 
 
 def test_an_overlay_is_drawn_where_something_is_salient():

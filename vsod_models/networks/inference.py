@@ -7,7 +7,7 @@ import itertools
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -41,6 +41,51 @@ def for_inference(model: Model, dtype: torch.dtype = torch.float32, *, fold: boo
         if dtype != torch.float32 and isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             module.to(dtype)
     return made
+
+
+def with_fused_activations(model: nn.Module) -> None:
+    """Runs each ReLU or ReLU6 in the same call of oneDNN as the convolution before it, on a CPU.
+
+    model: of `for_inference`, which is changed; of float32, or of bfloat16 where the CPU has it.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            for name, part in list(module._modules.items()):
+                if isinstance(part, nn.Identity):  # where batch norm was
+                    del module._modules[name]
+    for before, after in _neighbours(model):
+        convolution, activation = before.module, after.module
+        if (
+            isinstance(convolution, nn.Conv2d)
+            and isinstance(convolution.padding, tuple)
+            and convolution.padding_mode == "zeros"
+            and isinstance(activation, (nn.ReLU, nn.ReLU6))
+        ):
+            before.module = _Rectified(convolution, isinstance(activation, nn.ReLU6))
+            after.module = nn.Identity()
+
+
+class _Rectified(nn.Conv2d):
+    """A convolution with ReLU or ReLU6 after it."""
+
+    def __init__(self, convolution: nn.Conv2d, six: bool):
+        c = convolution
+        super().__init__(
+            c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation, c.groups,
+            c.bias is not None, device="meta",
+        )  # fmt: skip
+        self.weight, self.bias = c.weight, c.bias
+        self.activation = ("hardtanh", [0, 6]) if six else ("relu", [])
+        self.training = c.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = self.padding, self.stride, self.dilation, self.groups
+        x = x.to(self.weight.dtype)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *where, *self.activation, ""
+        )
 
 
 class _Place:

@@ -32,7 +32,7 @@ from ..limits import MOST_PIXELS
 from ..media.live import Live
 from ..media.reading import Frame, PathLike, Source, ahead, open_source
 from ..networks.contract import SaliencyModel
-from ..networks.inference import for_inference
+from ..networks.inference import for_inference, with_fused_activations
 from ..networks.sam2 import FRAMES, Sam2Refiner
 from ..prior.motion import motion
 
@@ -173,6 +173,11 @@ class VideoPredictor:
         self.prior_name = ""  # where it has one, for `describe`
         with self._foreign_errors():
             made = for_inference(model, self.dtype, fold=not self.source)
+            quick = self.dtype == torch.float32 or (
+                self.dtype == torch.bfloat16 and bfloat16_pays()
+            )
+            if self.device.type == "cpu" and quick and not self.source:
+                with_fused_activations(made)
             self.model = made.to(self.device)
 
     def describe(self) -> str:
@@ -447,7 +452,7 @@ class VideoPredictor:
 
 
 def _stacked(maps: Sequence[Tensor]) -> Tensor:
-    """(C, h, w) of each frame -> (T, C, h, w) in the layout that they have, channels last or not."""
+    """(C, h, w) of each frame -> (T, C, h, w) in the layout they have, channels last or not."""
     if maps[0].stride(0) == 1:
         return torch.stack([m.movedim(0, -1) for m in maps]).movedim(-1, 1)
     return torch.stack(list(maps))
