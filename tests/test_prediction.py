@@ -295,6 +295,14 @@ def test_results_have_the_size_and_time_of_their_frames(tmp_path):
     assert [s.shape for s in mixed] == [SIZE] * 3 + [(31, 17)] * 2
 
 
+def test_short_windows_share_no_frames_unless_told_to():
+    class Short(Windowed):
+        clip_length = 3
+
+    strides = {VideoPredictor(m, "cpu").stride for m in (Windowed(), Short())}
+    assert strides == {3} and VideoPredictor(Short(), "cpu", overlap=1).stride == 2
+
+
 def test_no_frames():
     assert VideoPredictor(Windowed(), "cpu").predict_clip([]) == []
 

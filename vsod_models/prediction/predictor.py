@@ -92,7 +92,8 @@ class VideoPredictor:
         size: (height, width) that frames are resized to for the model; None: its `image_size`,
             or as many pixels in the frames' own aspect ratio if it has a `side_multiple`; frames
             of another size are then a clip of their own.
-        overlap: frames that neighbouring windows share; None: 2, 1 of windows of 3 or 4.
+        overlap: frames that neighbouring windows share; None: 2, none of windows of 4
+            or less, whose masks it does not change enough to pay for.
         batch: windows that go through the model at once; None: 1 on the CPU, 4 elsewhere.
         precision: "float32", or "bfloat16" or "float16" for autocast; "auto": bfloat16 on a CPU
             that multiplies in it and for a model of this package, else float32.
@@ -136,7 +137,7 @@ class VideoPredictor:
                 f"size must be at least 1x1 and at most {MOST_PIXELS} pixels, got {width}x{height}"
             )
         if overlap is None:
-            overlap = min(2, (self.length - 1) // 2)
+            overlap = 2 if self.length > 4 else 0
         if not 0 <= overlap < self.length:
             raise InputError(
                 f"overlap must be 0 to {self.length - 1} for windows of {self.length} frames, "
