@@ -87,6 +87,43 @@ def test_error_rule(backend, shape, options, dtype):
     check_conv_lstm(backend, lstm_inputs(*shape, dtype, **options))
 
 
+# Narrow, or with many channels: the library convolves.
+NARROW = [
+    ((2, 3, 20, 12, 7, 6), dict(peephole="channel", layout="permuted")),
+    ((1, 1, 16, 8, 1, 1), dict()),
+    ((2, 2, 3, 22, 9, 15), dict(peephole="full", kernel=5)),
+    ((1, 3, 96, 100, 3, 20), dict(state=False, bias=False)),
+]
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("shape, options", NARROW, ids=lambda v: str(v))
+def test_error_rule_on_narrow_images(shape, options, recompute, dtype):
+    inputs = lstm_inputs(*shape, dtype, **options)
+    check_conv_lstm("cpu", inputs, dilation=2, recompute=recompute, grad_layout="permuted")
+
+
+@needs_cpu
+@pytest.mark.parametrize("recompute", (False, True))
+def test_steps_of_narrow_images_are_taken_in_windows(recompute):
+    """4M x H x W gate sums of 20 steps are 42 MB: more than one window."""
+    inputs = lstm_inputs(1, 20, 4, 32, 512, 8, torch.float32, kernel=1)
+    check_conv_lstm("cpu", inputs, recompute=recompute)
+
+
+@needs_cpu
+def test_autocast_does_not_reach_into_narrow_images():
+    inputs = lstm_inputs(1, 2, 16, 16, 8, 8, torch.float32)
+    rounded = {k: t.to(torch.bfloat16) for k, t in inputs.items() if t is not None}
+    rounded = inputs | rounded | {"c": inputs["c"]}
+    expected, _ = call(rounded, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = call(inputs, backend="cpu")
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_kernel_reaches_beyond_the_image(backend, dtype):

@@ -12,6 +12,7 @@
 #include "../common/parallel.h"
 #include "../common/schemas.h"
 #include "../common/tensors.h"
+#include "cpu_library.h"
 
 namespace vsod {
 
@@ -80,13 +81,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, MaybeTensor 
   Tensor c_last = allocate.empty({b, m, height, width}, state);
   Tensor cells = allocate.empty_if(save >= kSaveCells, {b, t - 1, m, height, width}, state);
   Tensor gates = allocate.empty_if(save == kSaveGates, {b, t, 4 * m, height, width}, type);
-  Tensor weights = allocate.empty({kernel.forward_weights(p)}, state);
-  Tensor offsets = allocate.empty({p.kernel, p.kernel}, ScalarType::Long);
-  p.out = out.data_ptr(), p.c_last = c_last.data_ptr(), p.weights = weights.data_ptr();
-  p.offsets = static_cast<int64_t*>(offsets.data_ptr());
+  p.out = out.data_ptr(), p.c_last = c_last.data_ptr();
   // Where cells are not kept, the running state lives in c_last.
   p.cells = save >= kSaveCells ? cells.data_ptr() : nullptr;
   p.gates = save == kSaveGates ? gates.data_ptr() : nullptr;
+  if (kernel.library(p)) {
+    Library(kOp, kernel, p, x, h, weight_ih, weight_hh, out).forward();
+    return {out, c_last, cells, gates};
+  }
+  Tensor weights = allocate.empty({kernel.forward_weights(p)}, state);
+  Tensor offsets = allocate.empty({p.kernel, p.kernel}, ScalarType::Long);
+  p.weights = weights.data_ptr();
+  p.offsets = static_cast<int64_t*>(offsets.data_ptr());
   check_memory(kOp, kernel.forward(p, on_each_thread));
   return {out, c_last, cells, gates};
 }
@@ -123,24 +129,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return g;
   };
   const int64_t k = p.kernel;
-  Tensor dx = gradient(needs[0], {b, t, p.channels, height, width}, type, &p.dx);
-  Tensor dh = gradient(needs[1] && h, {b, m, height, width}, type, &p.dh);
   // Gradients of the state pass from step to step as images, of even and of odd steps.
   Tensor dc = gradient(true, image, state, &p.dc_of[0]);
   Tensor dc_odd = gradient(t > 1, image, state, &p.dc_of[1]);
+  p.grad_c = data_of(grad_c);
+  Tensor dbias = gradient(needs[5] && bias, {4 * m}, state, &p.dbias);
+  Tensor dpeephole =
+      gradient(needs[6] && peephole, p.full_peephole ? Sizes{3, m, height, width} : Sizes{3, m},
+               state, &p.dpeephole);
+  if (kernel.library(p)) {
+    MaybeTensor whole;
+    if (grad_out) whole = Convolution::contiguous(*grad_out), p.grad_out = frames(*whole);
+    Library library(kOp, kernel, p, x, h, weight_ih, weight_hh, out);
+    const auto found = library.backward({needs[0], needs[1] && h, needs[3], needs[4]});
+    const Tensor none = allocate.empty({0}, type);
+    return {found.dx.value_or(none),
+            found.dh.value_or(none),
+            dc,
+            found.weight_ih.value_or(none),
+            found.weight_hh.value_or(none),
+            dbias,
+            dpeephole};
+  }
+
+  Tensor dx = gradient(needs[0], {b, t, p.channels, height, width}, type, &p.dx);
+  Tensor dh = gradient(needs[1] && h, {b, m, height, width}, type, &p.dh);
   Tensor dh_odd = gradient(t > 1, image, state, &p.dh_of[1]);
   // dx of step 0 is written last: until then dh of even steps lives there.
   const bool in_dx = p.dx && p.channels >= m && type == state;
   Tensor dh_even = gradient(t > 2 && !in_dx, image, state, &p.dh_of[0]);
   p.dh_batch[0] = p.dh_batch[1] = m * height * width;
   if (in_dx) p.dh_of[0] = p.dx, p.dh_batch[0] = dx.stride(0);
-  p.grad_c = data_of(grad_c);
   Tensor dweight_ih = gradient(needs[3], {4 * m, p.channels, k, k}, state, &p.dweight_ih);
   Tensor dweight_hh = gradient(needs[4], {4 * m, m, k, k}, state, &p.dweight_hh);
-  Tensor dbias = gradient(needs[5] && bias, {4 * m}, state, &p.dbias);
-  Tensor dpeephole =
-      gradient(needs[6] && peephole, p.full_peephole ? Sizes{3, m, height, width} : Sizes{3, m},
-               state, &p.dpeephole);
 
   Tensor weights = allocate.empty({p.gates ? 0 : kernel.forward_weights(p)}, state);
   Tensor back_weights = allocate.empty({kernel.backward_weights(p)}, state);

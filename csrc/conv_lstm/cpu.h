@@ -14,6 +14,11 @@ struct Frames {  // (B, T, channels, H, W) N; null if there is none
   int64_t b, t, c, y, x;  // strides in elements
 };
 
+struct Sums {  // of all gates, (B, 4M, H, W) S without bias; null if there are none
+  const void* data;
+  int64_t batch;  // stride in elements
+};
+
 struct Problem {
   int64_t batch, steps, channels, hidden, height, width, kernel, dilation;
   Frames x;
@@ -37,6 +42,11 @@ struct Problem {
   int64_t groups;          // shares of the tiles whose weight gradients are summed apart
   void* sums;              // groups * group_sums() S
   void* backward_weights;  // backward_weights() S
+
+  // Only where the library convolves: of one step.  Frames of grad_out are then contiguous.
+  Sums of_x, of_h;
+  void* dgates;          // (B, 4M, H, W) S
+  int64_t dgates_batch;  // stride in elements
 };
 
 struct Kernel {
@@ -47,6 +57,11 @@ struct Kernel {
   // Both return 0, or the bytes of scratch that there is no memory for.
   int64_t (*forward)(const Problem&, Parallel);
   int64_t (*backward)(const Problem&, Parallel);
+  // Where library() says that the library convolves faster: gates from their sums, and dgates, of
+  // one step, c and dc.
+  bool (*library)(const Problem&);
+  int64_t (*gates)(const Problem&, int64_t step, Parallel);
+  int64_t (*gate_gradients)(const Problem&, int64_t step, Parallel);
   void (*activate)(const void* x, void* sigmoid, void* tanh, int64_t count);  // S; for tests
 };
 

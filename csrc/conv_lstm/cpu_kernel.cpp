@@ -26,6 +26,10 @@
 //                  pixels of the band, whose gate gradients are transposed for it.
 // Strips are dealt to a fixed number of groups; each sums its own dW in order, and the groups are
 // added in order, so the bits do not depend on the threads.
+//
+// Narrow images with many channels, whose rows would leave lanes empty, are convolved by the
+// library (cpu_library.h); the gates and their gradients are made here, over whole images as rows
+// (Gates).
 
 #include "cpu.h"
 
@@ -496,6 +500,7 @@ struct Common {
   static constexpr int kN = kLanes<S>;
   const Problem& p;
   const int64_t pixels;  // of one image
+  int64_t t = 0;         // the step
   mutable bool unfit = false;
 
   explicit Common(const Problem& problem) : p(problem), pixels(problem.height * problem.width) {}
@@ -565,6 +570,43 @@ struct Common {
     if (!p.full_peephole) return broadcast<S>(widen(weights[m]));
     return load_first<S>(weights + m * pixels + pixel, count);
   }
+
+  // The gate arithmetic of one channel and `count` pixels, at most `vectors` vectors of them.
+  VSOD_INLINE void finish(int64_t b, int64_t m, int64_t pixel, int64_t vectors, int64_t count,
+                          const S* sums) const {
+    const S bias_i = this->bias(0, m), bias_f = this->bias(1, m);
+    const S bias_g = this->bias(2, m), bias_o = this->bias(3, m);
+    const S* before = this->cell_before(t, b, m);
+    if (!p.cells && t > 0) before = this->cell_plane(t, b, m);
+    S* cell = this->cell_plane(t + 1, b, m);
+    N* out = static_cast<N*>(p.out) + ((b * p.steps + t) * p.hidden + m) * this->pixels;
+    for (int64_t v = 0; v < vectors; ++v, pixel += kN, count -= kN) {
+      Vec<S> i = load(sums + v * kN) + bias_i;
+      Vec<S> f = load(sums + (kMaxVectors + v) * kN) + bias_f;
+      Vec<S> g = load(sums + (2 * kMaxVectors + v) * kN) + bias_g;
+      Vec<S> o = load(sums + (3 * kMaxVectors + v) * kN) + bias_o;
+      const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
+      if (p.peephole) {
+        i += this->peephole(0, m, pixel, count) * c;
+        f += this->peephole(1, m, pixel, count) * c;
+      }
+      const Quotient<S> q_i = sigmoid(i), q_f = sigmoid(f), q_g = tanh_of(g);
+      const Vec<S> under = q_i.under * q_g.under;
+      const Vec<S> new_c =
+          (q_f.over * c * under + q_i.over * q_g.over * q_f.under) / (under * q_f.under);
+      if (p.peephole) o += this->peephole(2, m, pixel, count) * new_c;
+      const Quotient<S> q_o = sigmoid(o), q_c = tanh_of(new_c);
+      store_first<S>(cell + pixel, new_c, count);
+      store_first<S>(out + pixel, q_o.over * q_c.over / (q_o.under * q_c.under), count);
+      if (p.gates) {
+        i = q_i.value(), f = q_f.value(), g = q_g.value(), o = q_o.value();
+        store_first<S>(this->gate_plane(t, b, 0, m) + pixel, i, count);
+        store_first<S>(this->gate_plane(t, b, 1, m) + pixel, f, count);
+        store_first<S>(this->gate_plane(t, b, 2, m) + pixel, g, count);
+        store_first<S>(this->gate_plane(t, b, 3, m) + pixel, o, count);
+      }
+    }
+  }
 };
 
 template <class S>
@@ -604,11 +646,11 @@ struct Forward : Common<S, N> {
   using Base = Common<S, N>;
   using Base::kN;
   using Base::p;
+  using Base::t;
 
   const Tiling tiling;
   const Layout<S> layout;
   const int64_t plane;
-  int64_t t = 0;
 
   explicit Forward(const Problem& problem)
       : Base(problem), tiling(forward_tiling<S>(problem)), layout(problem, tiling.columns),
@@ -643,47 +685,10 @@ struct Forward : Common<S, N> {
           for (int64_t r = 0; r < layout.unit_rows; ++r) {
             const int64_t y = layout.row(unit, r);
             if (y >= tile.rows) continue;
-            finish(tile.b, m, (tile.y + y) * p.width + tile.x + column, vectors,
-                   tile.columns - column, at.sums + r * kOutputs * kMaxVectors * kN);
+            this->finish(tile.b, m, (tile.y + y) * p.width + tile.x + column, vectors,
+                         tile.columns - column, at.sums + r * kOutputs * kMaxVectors * kN);
           }
         }
-    }
-  }
-
-  // The gate arithmetic of one channel and `count` pixels, at most `vectors` vectors of them.
-  VSOD_INLINE void finish(int64_t b, int64_t m, int64_t pixel, int64_t vectors, int64_t count,
-                          const S* sums) const {
-    const S bias_i = this->bias(0, m), bias_f = this->bias(1, m);
-    const S bias_g = this->bias(2, m), bias_o = this->bias(3, m);
-    const S* before = this->cell_before(t, b, m);
-    if (!p.cells && t > 0) before = this->cell_plane(t, b, m);
-    S* cell = this->cell_plane(t + 1, b, m);
-    N* out = static_cast<N*>(p.out) + ((b * p.steps + t) * p.hidden + m) * this->pixels;
-    for (int64_t v = 0; v < vectors; ++v, pixel += kN, count -= kN) {
-      Vec<S> i = load(sums + v * kN) + bias_i;
-      Vec<S> f = load(sums + (kMaxVectors + v) * kN) + bias_f;
-      Vec<S> g = load(sums + (2 * kMaxVectors + v) * kN) + bias_g;
-      Vec<S> o = load(sums + (3 * kMaxVectors + v) * kN) + bias_o;
-      const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
-      if (p.peephole) {
-        i += this->peephole(0, m, pixel, count) * c;
-        f += this->peephole(1, m, pixel, count) * c;
-      }
-      const Quotient<S> q_i = sigmoid(i), q_f = sigmoid(f), q_g = tanh_of(g);
-      const Vec<S> under = q_i.under * q_g.under;
-      const Vec<S> new_c =
-          (q_f.over * c * under + q_i.over * q_g.over * q_f.under) / (under * q_f.under);
-      if (p.peephole) o += this->peephole(2, m, pixel, count) * new_c;
-      const Quotient<S> q_o = sigmoid(o), q_c = tanh_of(new_c);
-      store_first<S>(cell + pixel, new_c, count);
-      store_first<S>(out + pixel, q_o.over * q_c.over / (q_o.under * q_c.under), count);
-      if (p.gates) {
-        i = q_i.value(), f = q_f.value(), g = q_g.value(), o = q_o.value();
-        store_first<S>(this->gate_plane(t, b, 0, m) + pixel, i, count);
-        store_first<S>(this->gate_plane(t, b, 1, m) + pixel, f, count);
-        store_first<S>(this->gate_plane(t, b, 2, m) + pixel, g, count);
-        store_first<S>(this->gate_plane(t, b, 3, m) + pixel, o, count);
-      }
     }
   }
 };
@@ -825,15 +830,137 @@ int64_t groups(const Problem& p) {
 }
 
 template <class S, class N>
-struct Backward : Common<S, N> {
+struct GateGradients : Common<S, N> {
   using Base = Common<S, N>;
   using Base::kN;
   using Base::p;
+  using Base::t;
+  int64_t gate_stride = 0;  // between the gates of a channel, where they are written
+  bool check = false;       // whether they have to fit Winograd's form
+
+  explicit GateGradients(const Problem& problem) : Base(problem) {}
+
+  S* dh_plane(int64_t step, int64_t b, int64_t m) const {
+    return static_cast<S*>(p.dh_of[step & 1]) + b * p.dh_batch[step & 1] + m * this->pixels;
+  }
+
+  // One channel, one row, `vectors` vectors from column x on.  conv: the sums of its gates, where
+  // they are not kept.  to: where its gate i is written.
+  VSOD_INLINE void gate_gradients_of(const Tile& strip, const Tile& wide, int64_t m, int64_t y,
+                                     int64_t x, int64_t vectors, const S* conv, S* to,
+                                     S* peephole_sums) const {
+    const int64_t b = strip.b;
+    const bool own_row = y >= strip.y && y < strip.y + strip.rows;
+    const S* before = this->cell_before(t, b, m);
+    const S* after = this->cell_plane(t + 1, b, m);
+    const int64_t state = (b * p.hidden + m) * this->pixels;
+    const bool last = t == p.steps - 1;
+    const S* dh_after = last ? nullptr : dh_plane(t + 1, b, m);
+    const S* dc_after = static_cast<const S*>(last ? p.grad_c : p.dc_of[(t + 1) & 1]);
+    if (dc_after) dc_after += state;
+    S* dc_before = static_cast<S*>(p.dc_of[t & 1]) + state;
+    const Frames& grad = p.grad_out;
+    const N* grad_row = nullptr;
+    if (grad.data)
+      grad_row = static_cast<const N*>(grad.data) + b * grad.b + t * grad.t + m * grad.c +
+                 y * grad.y + x * grad.x;
+    int64_t pixel = y * p.width + x, count = wide.x + wide.columns - x;
+    auto beyond = Vec<S>{} > kMostSummed<S>;
+    for (int64_t v = 0; v < vectors; ++v, pixel += kN, x += kN, count -= kN, to += kN) {
+      const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
+      const Vec<S> new_c = load_first<S>(after + pixel, count);
+      Vec<S> i, f, g, o;
+      if (conv) {
+        const S* sums = conv + v * kN;
+        i = load(sums) + this->bias(0, m);
+        f = load(sums + kMaxVectors * kN) + this->bias(1, m);
+        g = load(sums + 2 * kMaxVectors * kN) + this->bias(2, m);
+        o = load(sums + 3 * kMaxVectors * kN) + this->bias(3, m);
+        if (p.peephole) {
+          i += this->peephole(0, m, pixel, count) * c;
+          f += this->peephole(1, m, pixel, count) * c;
+          o += this->peephole(2, m, pixel, count) * new_c;
+        }
+        i = sigmoid(i).value(), f = sigmoid(f).value();
+        g = tanh_of(g).value(), o = sigmoid(o).value();
+      } else {
+        i = load_first<S>(this->gate_plane(t, b, 0, m) + pixel, count);
+        f = load_first<S>(this->gate_plane(t, b, 1, m) + pixel, count);
+        g = load_first<S>(this->gate_plane(t, b, 2, m) + pixel, count);
+        o = load_first<S>(this->gate_plane(t, b, 3, m) + pixel, count);
+      }
+      Vec<S> dh = dh_after ? load_first<S>(dh_after + pixel, count) : Vec<S>{};
+      if (grad_row) {
+        if (grad.x == 1) {
+          dh += load_first<S>(grad_row + v * kN, count);
+        } else if (grad.x == 0) {
+          dh += S(widen(grad_row[0]));
+        } else {
+          for (int k = 0; k < kN && k < count; ++k)
+            dh[k] += S(widen(grad_row[(v * kN + k) * grad.x]));
+        }
+      }
+      const Vec<S> tanh_c = tanh_of(new_c).value();
+      Vec<S> d_o = dh * tanh_c * o * (S(1) - o);
+      Vec<S> dc = dh * o * (S(1) - tanh_c * tanh_c);
+      if (dc_after) dc += load_first<S>(dc_after + pixel, count);
+      if (p.peephole) dc += this->peephole(2, m, pixel, count) * d_o;
+      Vec<S> di = dc * g * i * (S(1) - i);
+      Vec<S> df = dc * c * f * (S(1) - f);
+      Vec<S> dg = dc * i * (S(1) - g * g);
+      if (own_row && x >= strip.x && x < strip.x + strip.columns) {
+        dc *= f;
+        if (p.peephole) {
+          dc += this->peephole(0, m, pixel, count) * di + this->peephole(1, m, pixel, count) * df;
+          if (p.dpeephole)
+            add_peephole(m, pixel, count, di * c, df * c, d_o * new_c, peephole_sums);
+        }
+        store_first<S>(dc_before + pixel, dc, count);
+      }
+      if (count < kN) {
+        di = keep_first(di, int(count), S(0)), df = keep_first(df, int(count), S(0));
+        dg = keep_first(dg, int(count), S(0)), d_o = keep_first(d_o, int(count), S(0));
+      }
+      store(to, di);
+      store(to + gate_stride, df);
+      store(to + 2 * gate_stride, dg);
+      store(to + 3 * gate_stride, d_o);
+      if (check) {
+        const Vec<S> gradients[4] = {di, df, dg, d_o};
+        for (const Vec<S>& d : gradients) beyond |= (d > kMostSummed<S>) | (d < -kMostSummed<S>);
+      }
+    }
+    bool any_beyond = false;
+    for (int i = 0; i < kN; ++i) any_beyond |= beyond[i] != 0;
+    if (any_beyond) __atomic_store_n(&this->unfit, true, __ATOMIC_RELAXED);
+  }
+
+  void add_peephole(int64_t m, int64_t pixel, int64_t count, Vec<S> di, Vec<S> df, Vec<S> d_o,
+                    S* peephole_sums) const {
+    const Vec<S> terms[3] = {di, df, d_o};
+    for (int row = 0; row < 3; ++row) {
+      if (p.full_peephole) {  // the group owns these pixels
+        S* to = static_cast<S*>(p.dpeephole) + (row * p.hidden + m) * this->pixels + pixel;
+        store_first<S>(to, load_first<S>(to, count) + terms[row], count);
+      } else {
+        S* to = peephole_sums + (row * p.hidden + m) * kN;
+        const Vec<S> kept = count >= kN ? terms[row] : keep_first(terms[row], int(count), S(0));
+        store(to, load(to) + kept);
+      }
+    }
+  }
+};
+
+template <class S, class N>
+struct Backward : GateGradients<S, N> {
+  using Base = GateGradients<S, N>;
+  using Base::kN;
+  using Base::p;
+  using Base::t;
   static constexpr int64_t kRow = kOutputs * kMaxVectors * kN;  // sums of one row
 
   const Strips strips;
   const Layout<S> layout;
-  int64_t t = 0;
   const int64_t gates, lanes, panel_lanes, plane, window_plane;
   const int64_t hidden_blocks, channel_blocks;
   const bool need_weights, sum_peephole;
@@ -847,6 +974,8 @@ struct Backward : Common<S, N> {
         channel_blocks(ceil_div(problem.channels, kOutputs)),
         need_weights(problem.dweight_ih || problem.dweight_hh),
         sum_peephole(problem.dpeephole && !problem.full_peephole) {
+    this->gate_stride = p.hidden * window_plane;
+    this->check = layout.paired;
     layout.write_offsets(p.offsets);
     if (!p.gates) this->pack_forward_weights(layout);
     pack_backward_weights();
@@ -868,10 +997,6 @@ struct Backward : Common<S, N> {
                 return this->weight(g, of_h ? p.channels + j : j, p.kernel * p.kernel - 1 - i);
               });
     }
-  }
-
-  S* dh_plane(int64_t step, int64_t b, int64_t m) const {
-    return static_cast<S*>(p.dh_of[step & 1]) + b * p.dh_batch[step & 1] + m * this->pixels;
   }
 
   struct Places {
@@ -968,116 +1093,10 @@ struct Backward : Common<S, N> {
             const int64_t row = layout.row(unit, r);
             S* to = at.window + m * window_plane + (window_row + row) * layout.pitch +
                     layout.margin + column;
-            gate_gradients_of(strip, wide, m, wide.y + row, wide.x + column, vectors,
-                              p.gates ? nullptr : at.sums + r * kRow, to, at.peephole_sums);
+            this->gate_gradients_of(strip, wide, m, wide.y + row, wide.x + column, vectors,
+                                    p.gates ? nullptr : at.sums + r * kRow, to, at.peephole_sums);
           }
         }
-      }
-    }
-  }
-
-  // One channel, one row, `vectors` vectors from column x on.  conv: the sums of its gates, where
-  // they are not kept.  to: in the window, in the plane of its gate i.
-  VSOD_INLINE void gate_gradients_of(const Tile& strip, const Tile& wide, int64_t m, int64_t y,
-                                     int64_t x, int64_t vectors, const S* conv, S* to,
-                                     S* peephole_sums) const {
-    const int64_t b = strip.b, per_gate = p.hidden * window_plane;
-    const bool own_row = y >= strip.y && y < strip.y + strip.rows;
-    const S* before = this->cell_before(t, b, m);
-    const S* after = this->cell_plane(t + 1, b, m);
-    const int64_t state = (b * p.hidden + m) * this->pixels;
-    const bool last = t == p.steps - 1;
-    const S* dh_after = last ? nullptr : dh_plane(t + 1, b, m);
-    const S* dc_after = static_cast<const S*>(last ? p.grad_c : p.dc_of[(t + 1) & 1]);
-    if (dc_after) dc_after += state;
-    S* dc_before = static_cast<S*>(p.dc_of[t & 1]) + state;
-    const Frames& grad = p.grad_out;
-    const N* grad_row = nullptr;
-    if (grad.data)
-      grad_row = static_cast<const N*>(grad.data) + b * grad.b + t * grad.t + m * grad.c +
-                 y * grad.y + x * grad.x;
-    int64_t pixel = y * p.width + x, count = wide.x + wide.columns - x;
-    auto beyond = Vec<S>{} > kMostSummed<S>;
-    for (int64_t v = 0; v < vectors; ++v, pixel += kN, x += kN, count -= kN, to += kN) {
-      const Vec<S> c = before ? load_first<S>(before + pixel, count) : Vec<S>{};
-      const Vec<S> new_c = load_first<S>(after + pixel, count);
-      Vec<S> i, f, g, o;
-      if (conv) {
-        const S* sums = conv + v * kN;
-        i = load(sums) + this->bias(0, m);
-        f = load(sums + kMaxVectors * kN) + this->bias(1, m);
-        g = load(sums + 2 * kMaxVectors * kN) + this->bias(2, m);
-        o = load(sums + 3 * kMaxVectors * kN) + this->bias(3, m);
-        if (p.peephole) {
-          i += this->peephole(0, m, pixel, count) * c;
-          f += this->peephole(1, m, pixel, count) * c;
-          o += this->peephole(2, m, pixel, count) * new_c;
-        }
-        i = sigmoid(i).value(), f = sigmoid(f).value();
-        g = tanh_of(g).value(), o = sigmoid(o).value();
-      } else {
-        i = load_first<S>(this->gate_plane(t, b, 0, m) + pixel, count);
-        f = load_first<S>(this->gate_plane(t, b, 1, m) + pixel, count);
-        g = load_first<S>(this->gate_plane(t, b, 2, m) + pixel, count);
-        o = load_first<S>(this->gate_plane(t, b, 3, m) + pixel, count);
-      }
-      Vec<S> dh = dh_after ? load_first<S>(dh_after + pixel, count) : Vec<S>{};
-      if (grad_row) {
-        if (grad.x == 1) {
-          dh += load_first<S>(grad_row + v * kN, count);
-        } else if (grad.x == 0) {
-          dh += S(widen(grad_row[0]));
-        } else {
-          for (int k = 0; k < kN && k < count; ++k)
-            dh[k] += S(widen(grad_row[(v * kN + k) * grad.x]));
-        }
-      }
-      const Vec<S> tanh_c = tanh_of(new_c).value();
-      Vec<S> d_o = dh * tanh_c * o * (S(1) - o);
-      Vec<S> dc = dh * o * (S(1) - tanh_c * tanh_c);
-      if (dc_after) dc += load_first<S>(dc_after + pixel, count);
-      if (p.peephole) dc += this->peephole(2, m, pixel, count) * d_o;
-      Vec<S> di = dc * g * i * (S(1) - i);
-      Vec<S> df = dc * c * f * (S(1) - f);
-      Vec<S> dg = dc * i * (S(1) - g * g);
-      if (own_row && x >= strip.x && x < strip.x + strip.columns) {
-        dc *= f;
-        if (p.peephole) {
-          dc += this->peephole(0, m, pixel, count) * di + this->peephole(1, m, pixel, count) * df;
-          if (p.dpeephole)
-            add_peephole(m, pixel, count, di * c, df * c, d_o * new_c, peephole_sums);
-        }
-        store_first<S>(dc_before + pixel, dc, count);
-      }
-      if (count < kN) {
-        di = keep_first(di, int(count), S(0)), df = keep_first(df, int(count), S(0));
-        dg = keep_first(dg, int(count), S(0)), d_o = keep_first(d_o, int(count), S(0));
-      }
-      store(to, di);
-      store(to + per_gate, df);
-      store(to + 2 * per_gate, dg);
-      store(to + 3 * per_gate, d_o);
-      if (layout.paired) {
-        const Vec<S> gradients[4] = {di, df, dg, d_o};
-        for (const Vec<S>& d : gradients) beyond |= (d > kMostSummed<S>) | (d < -kMostSummed<S>);
-      }
-    }
-    bool any_beyond = false;
-    for (int i = 0; i < kN; ++i) any_beyond |= beyond[i] != 0;
-    if (any_beyond) __atomic_store_n(&this->unfit, true, __ATOMIC_RELAXED);
-  }
-
-  void add_peephole(int64_t m, int64_t pixel, int64_t count, Vec<S> di, Vec<S> df, Vec<S> d_o,
-                    S* peephole_sums) const {
-    const Vec<S> terms[3] = {di, df, d_o};
-    for (int row = 0; row < 3; ++row) {
-      if (p.full_peephole) {  // the group owns these pixels
-        S* to = static_cast<S*>(p.dpeephole) + (row * p.hidden + m) * this->pixels + pixel;
-        store_first<S>(to, load_first<S>(to, count) + terms[row], count);
-      } else {
-        S* to = peephole_sums + (row * p.hidden + m) * kN;
-        const Vec<S> kept = count >= kN ? terms[row] : keep_first(terms[row], int(count), S(0));
-        store(to, load(to) + kept);
       }
     }
   }
@@ -1118,7 +1137,7 @@ struct Backward : Common<S, N> {
                 write(static_cast<N*>(p.dx) +
                           ((band.b * p.steps + t) * p.channels + m) * this->pixels + pixel,
                       sums, vectors, count);
-              else if (t > 0) write(dh_plane(t, band.b, m) + pixel, sums, vectors, count);
+              else if (t > 0) write(this->dh_plane(t, band.b, m) + pixel, sums, vectors, count);
               else
                 write(static_cast<N*>(p.dh) + (band.b * p.hidden + m) * this->pixels + pixel, sums,
                       vectors, count);
@@ -1281,6 +1300,116 @@ int64_t backward(const Problem& problem, Parallel parallel) {
   });
 }
 
+// ------------------------------------------------------------------ around another convolution
+
+// The gates of one step, and their gradients, where the library convolves.  An image is one row.
+// A task is a channel: it sums its own gradients of biases and peepholes, batch after batch and
+// step after step.
+template <class S, class N>
+struct Gates : GateGradients<S, N> {
+  using Base = GateGradients<S, N>;
+  using Base::kN;
+  using Base::p;
+  using Base::t;
+
+  Gates(const Problem& image, int64_t step) : Base(image) {
+    t = step;
+    this->gate_stride = round_up(this->pixels, kN);
+  }
+
+  struct Places {
+    S *sums, *gradients, *peephole_sums;
+
+    Places(Scratch& scratch, const Gates& run) {
+      sums = scratch.piece<S>(kOutputs * kMaxVectors * kN);
+      gradients = scratch.piece<S>(run.p.dgates ? 4 * run.gate_stride : 0);
+      peephole_sums = scratch.piece<S>(run.p.dpeephole ? 3 * run.p.hidden * kN : 0);
+    }
+  };
+
+  // As `finish` reads them.
+  void read_sums(int64_t b, int64_t m, int64_t pixel, int64_t vectors, S* to) const {
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      const int64_t place = (gate * p.hidden + m) * this->pixels + pixel;
+      const S* x = static_cast<const S*>(p.of_x.data) + b * p.of_x.batch + place;
+      const S* h = static_cast<const S*>(p.of_h.data);
+      if (h) h += b * p.of_h.batch + place;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t count = this->pixels - pixel - v * kN;
+        Vec<S> sum = load_first<S>(x + v * kN, count);
+        if (h) sum += load_first<S>(h + v * kN, count);
+        store(to + (gate * kMaxVectors + v) * kN, sum);
+      }
+    }
+  }
+
+  void forward(int64_t m, const Places& at) const {
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t pixel = 0; pixel < this->pixels; pixel += kMaxVectors * kN) {
+        const int64_t count = this->pixels - pixel;
+        const int64_t vectors = smaller(kMaxVectors, ceil_div(count, kN));
+        read_sums(b, m, pixel, vectors, at.sums);
+        this->finish(b, m, pixel, vectors, count, at.sums);
+      }
+  }
+
+  void backward(int64_t m, const Places& at) const {
+    S* dbias = static_cast<S*>(p.dbias);
+    for (int64_t gate = 0; gate < 4 && dbias && t == p.steps - 1; ++gate)
+      dbias[gate * p.hidden + m] = 0;
+    for (int64_t row = 0; row < 3 && p.dpeephole; ++row) {
+      memset(at.peephole_sums + (row * p.hidden + m) * kN, 0, kN * sizeof(S));
+      const int64_t each = p.full_peephole ? this->pixels : 1;
+      if (t == p.steps - 1)
+        memset(static_cast<S*>(p.dpeephole) + (row * p.hidden + m) * each, 0, each * sizeof(S));
+    }
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Tile image{b, 0, 0, 1, this->pixels};
+      for (int64_t pixel = 0; pixel < this->pixels; pixel += kMaxVectors * kN) {
+        const int64_t vectors = smaller(kMaxVectors, ceil_div(this->pixels - pixel, kN));
+        if (!p.gates) read_sums(b, m, pixel, vectors, at.sums);
+        this->gate_gradients_of(image, image, m, 0, pixel, vectors, p.gates ? nullptr : at.sums,
+                                at.gradients + pixel, at.peephole_sums);
+      }
+      S* to = static_cast<S*>(p.dgates) + b * p.dgates_batch + m * this->pixels;
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        const S* from = at.gradients + gate * this->gate_stride;
+        memcpy(to + gate * p.hidden * this->pixels, from, this->pixels * sizeof(S));
+        if (!dbias) continue;
+        Vec<S> sum = {};  // image by image: many short sums lose less than the library's long one
+        for (int64_t v = 0; v < this->gate_stride; v += kN) sum += load(from + v);
+        dbias[gate * p.hidden + m] += horizontal_sum<S>(sum);
+      }
+    }
+    if (!p.dpeephole || p.full_peephole) return;
+    for (int64_t row = 0; row < 3; ++row)
+      static_cast<S*>(p.dpeephole)[row * p.hidden + m] +=
+          horizontal_sum<S>(load(at.peephole_sums + (row * p.hidden + m) * kN));
+  }
+};
+
+template <class S, class N, bool kBackward>
+int64_t step_gates(const Problem& problem, int64_t step, Parallel parallel) {
+  using Run = Gates<S, N>;
+  using Places = typename Run::Places;
+  Problem p = problem;
+  p.width *= p.height, p.height = 1;
+  const Run run(p, step);
+  return each_task<Places>(parallel, p.hidden, run, [&](int64_t m, const Places& at) {
+    if (kBackward) run.backward(m, at);
+    else run.forward(m, at);
+  });
+}
+
+// Whether the library's convolution is faster (docs/conv_lstm.md): where the rows of an image leave
+// lanes empty, or are few for the weights that pass by each tile.
+template <class S>
+bool library_is_faster(const Problem& p) {
+  const int64_t planes = p.channels + p.hidden;
+  if (sizeof(S) == 8 || planes < 24) return false;
+  return p.width < kLanes<S> || (planes >= 192 && 2 * p.width <= 3 * kLanes<S>);
+}
+
 template <class S>
 void activate(const void* x, void* sigmoids, void* tanhs, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<S>) {
@@ -1291,8 +1420,10 @@ void activate(const void* x, void* sigmoids, void* tanhs, int64_t count) {
 }
 
 template <class S, class N>
-constexpr Kernel kKernel = {forward_weights<S>, backward_weights<S>, group_sums<S>, groups<S>,
-                            forward<S, N>,      backward<S, N>,      activate<S>};
+constexpr Kernel kKernel = {
+    forward_weights<S>,     backward_weights<S>, group_sums<S>,        groups<S>,
+    forward<S, N>,          backward<S, N>,      library_is_faster<S>, step_gates<S, N, false>,
+    step_gates<S, N, true>, activate<S>};
 
 }  // namespace
 

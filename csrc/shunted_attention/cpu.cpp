@@ -3,6 +3,8 @@
 
 #include "cpu.h"
 
+#include <string.h>
+
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -89,11 +91,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, Tensors keys, Tensors values
   Tensor out = allocate.empty_like(q);
   Tensor lse = allocate.empty({batch, heads, queries}, compute_type(q));
   std::vector<Group> groups = make_groups(keys, values);
-  Tensors packed;
+  // One allocation for all groups: each costs as much as a small call's arithmetic.
+  int64_t numbers = 0;
+  const auto packed_of = [&](const Group& group) {
+    return batch * group.heads * kernel.packed_elements(group.length, head_dim);
+  };
+  for (const Group& group : groups) numbers += packed_of(group);
+  const Tensor packed = allocate.empty({numbers}, compute_type(q));
+  char* at = static_cast<char*>(packed.data_ptr());
   for (Group& group : groups) {
-    packed.push_back(allocate.empty(
-        {batch, group.heads, kernel.packed_elements(group.length, head_dim)}, compute_type(q)));
-    group.packed = packed.back().data_ptr();
+    group.packed = at;
+    at += packed_of(group) * packed.element_size();
   }
   longest_first(groups);
   check_memory(kOp, kernel.forward(problem_of(q, out, lse, scale, groups), on_each_thread));
@@ -133,16 +141,20 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
 
   Problem problem = problem_of(q, out, lse, scale, groups);
   problem.grad_out = operand(grad_out);
-  Tensor row_terms = allocate.empty({2, batch, heads, queries}, wide);
-  problem.row_terms = row_terms.data_ptr();
-  const int64_t dq_numbers = need_q ? kernel.dq_sum_elements(queries, head_dim) : 0;
-  Tensor dq_sum = allocate.empty({batch, heads, dq_numbers}, wide);
-  Tensor turns = allocate.zeros({batch, heads, queries}, ScalarType::Int);
-  if (need_q) {
-    problem.dq = operand(dq);
-    problem.dq_sum = dq_sum.data_ptr();
-  }
-  problem.turns = static_cast<int32_t*>(turns.data_ptr());
+  const int64_t rows = batch * heads * queries;
+  const int64_t sums = need_q ? batch * heads * kernel.dq_sum_elements(queries, head_dim) : 0;
+  const Tensor work = allocate.empty({sums + 3 * rows}, wide);
+  char* at = static_cast<char*>(work.data_ptr());
+  const auto take = [&](int64_t numbers) {
+    char* const taken = at;
+    at += numbers * work.element_size();
+    return taken;
+  };
+  problem.dq_sum = take(sums);  // first: whole vectors, aligned as the allocation is
+  problem.row_terms = take(2 * rows);
+  problem.turns = reinterpret_cast<int32_t*>(take(rows));
+  memset(problem.turns, 0, rows * sizeof(int32_t));
+  if (need_q) problem.dq = operand(dq);
   check_memory(kOp, kernel.backward(problem, on_each_thread));
   return {dq, dkeys, dvalues};
 }

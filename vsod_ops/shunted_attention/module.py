@@ -1,16 +1,18 @@
 """ShuntedAttention: multi-scale self-attention over video tokens, as a layer."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from . import op
 from .function import MAX_HEAD_DIM, shunted_attention
 
 Reduction = int | tuple[int, int, int]
+
+FEW_TOKENS = 2048  # up to here a product reduces them faster on a CPU than a 3-D convolution
 
 
 class SpatialReduction(nn.Conv3d):
@@ -41,13 +43,16 @@ class SpatialReduction(nn.Conv3d):
                     f'padding="floor" leaves no keys: reduction {(rt, rh, rw)} is larger than the '
                     'tokens; use padding="ceil"'
                 )
+        b, t, h, w, c = x.shape
+        few = not torch.compiler.is_compiling() and b * t * h * w <= FEW_TOKENS
+        if not x.is_cuda and not few:
+            return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        # No overlap, so the convolution is one matrix product.
+        x = x.reshape(b, t // rt, rt, h // rh, rh, w // rw, rw, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
         if x.is_cuda:
-            # No overlap, so the convolution is one matrix product, which is faster on a GPU.
-            x = rearrange(
-                x, "b (t rt) (h rh) (w rw) c -> b t h w (rt rh rw c)", rt=rt, rh=rh, rw=rw
-            )
-            return F.linear(x, rearrange(self.weight, "o c t h w -> o (t h w c)"), self.bias)
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+            return F.linear(x.flatten(4), self.weight.movedim(1, -1).flatten(1), self.bias)
+        # Few tokens are sooner put into the order of the weights than weights into theirs.
+        return F.linear(x.flatten(4, 6).mT.flatten(4), self.weight.flatten(1), self.bias)
 
 
 class ShuntedAttention(nn.Module):
@@ -120,16 +125,20 @@ class ShuntedAttention(nn.Module):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.dim() != 5 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, T, H, W, {self.dim}), got shape {tuple(x.shape)}")
-        head_dim = self.dim // self.num_heads
-        q = rearrange(self.query(x), "b t h w (n d) -> b n (t h w) d", d=head_dim)
-        keys, values = [], []
-        for reduce, key_value in zip(self.reduce, self.key_value, strict=True):
-            k, v = rearrange(
-                key_value(reduce(x)), "b t h w (two n d) -> two b n (t h w) d", two=2, d=head_dim
-            )
-            keys.append(k)
-            values.append(v)
+        q = self._heads(self.query(x), 1)[0]
+        pairs = [
+            self._heads(key_value(reduce(x)), 2)
+            for reduce, key_value in zip(self.reduce, self.key_value, strict=True)
+        ]
+        keys, values = map(list, zip(*pairs, strict=True))
         return q, keys, values
+
+    def _heads(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """`count` tensors (B, heads, T*H*W, D), views of x (B, T, H, W, count * heads * D)."""
+        b, t, h, w, channels = x.shape
+        head_dim = self.dim // self.num_heads
+        heads = channels // (count * head_dim)
+        return x.reshape(b, t * h * w, count, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
     def chosen_backends(self, device_type: str, dtype: torch.dtype) -> set[str]:
         """The backends that run this layer's op on tensors of such a device and dtype."""
@@ -137,9 +146,8 @@ class ShuntedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, keys, values = self.project(x)
-        out = shunted_attention(q, keys, values, backend=self.backend)
-        _, t, h, w, _ = x.shape
-        return self.out(rearrange(out, "b n (t h w) d -> b t h w (n d)", t=t, h=h, w=w))
+        out = cast(Tensor, shunted_attention(q, keys, values, backend=self.backend))
+        return self.out(out.transpose(1, 2).reshape(x.shape))  # out lies in memory as q does
 
 
 def _triple(reduction: Reduction) -> tuple[int, int, int]:
