@@ -36,6 +36,16 @@ def test_records_and_page(tmp_path, options, count):
     assert all(f"| {row['row']} |" in page for row in document["cases"])
 
 
+def test_sections_of_one_commit_come_together(tmp_path):
+    run(tmp_path, "--section", "overhead")
+    document = run(tmp_path, "--section", "layer", "--match", "C=64, 100")
+    sections = [row["section"] for row in document["cases"]]
+    assert sections == ["overhead"] * 2 + ["layer"] * 2
+    (tmp_path / "small.json").write_text(json.dumps(document | {"commit": None}))
+    document = run(tmp_path, "--section", "overhead")
+    assert len(document["cases"]) == 2
+
+
 def test_every_case_has_a_place_of_its_own():
     cases = [case for section in small.SECTIONS.values() for case in section()]
     assert len({(case.section, case.row, case.column) for case in cases}) == len(cases)
