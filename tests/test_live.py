@@ -346,7 +346,7 @@ def test_a_source_that_falls_silent_ends(tmp_path, monkeypatch):
     assert f"{source.name}: stopped: nothing for 2 s" in written.notes, written.notes
 
 
-def test_what_cannot_be_opened_is_one_line(tmp_path, capsys, pipe):
+def test_what_cannot_be_opened_is_one_line(tmp_path, capsys, pipe, monkeypatch):
     out = ("-o", tmp_path / "out.mp4")
     closed = socket.create_server(("127.0.0.1", 0))
     port = closed.getsockname()[1]
@@ -358,6 +358,9 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, capsys, pipe):
     refused(vsod(capsys, "predict", "camera:0", "camera:1", *out), "the only input")
     make_video(tmp_path / "a.mp4", frames=2)
     refused(vsod(capsys, "predict", tmp_path / "a.mp4", *out, "--drop"), "--drop goes with")
+    monkeypatch.setattr(os, "isatty", lambda handle: handle == 0)
+    refused(vsod(capsys, "predict", "-", *out), "-: standard input is a terminal")
+    monkeypatch.undo()
     pipe(b"nothing that is a video" * 100)
     refused(vsod(capsys, "predict", "-", *out), "-: cannot be opened")
     assert not (tmp_path / "out.mp4").exists()

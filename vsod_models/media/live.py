@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import re
 import sys
@@ -195,6 +196,8 @@ class Live:
 def _open(name: str) -> Any:
     waiting = (SECONDS, SECONDS)
     if name == "-":
+        if os.isatty(0):
+            raise InputError("-: standard input is a terminal; pipe a stream into it")
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "pipe"}
         return av.open("pipe:0", container_options={**options, **QUICK})
     if name.startswith("camera:"):

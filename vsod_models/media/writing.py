@@ -82,7 +82,9 @@ def check_output(output: PathLike, source: Source, overwrite: bool) -> None:
     """Raises InputError when `output` cannot be written from `source`, before any work is done."""
     if output == STANDARD_OUTPUT:
         if os.isatty(1):
-            raise InputError("-: standard output is a terminal; | a player behind it, or > a file")
+            raise InputError(
+                "-: standard output is a terminal; pipe it into a player, or to a file"
+            )
         if isinstance(source, Pictures):
             _check_same_size(source)
         return
