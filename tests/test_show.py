@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def test_each_frame_of_a_stream_leaves_at_once(tmp_path, pipe):  # noqa: F811
     assert seen[-1][0] == 12
     # A reader knows that a frame is whole when the next one begins, or the stream ends.
     assert all(there >= done - 1 for done, there in seen[2:]), seen
+
+
+def test_a_player_at_the_other_end_of_a_pipe(tmp_path):
+    source = open_source(make_video(tmp_path / "clip.mp4", frames=30, sound="aac"))
+    reading, writing = os.pipe()
+    times = []
+
+    def play():
+        with os.fdopen(reading, "rb") as file, av.open(file) as container:
+            times.extend(frame.time for frame in container.decode(video=0))
+
+    player = threading.Thread(target=play)
+    player.start()
+    with standard_output(writing):
+        os.close(writing)
+        predict_file(VideoPredictor(Bright(), "cpu"), source, "-")
+    player.join()
+    assert np.diff(times) == pytest.approx([1 / 25] * 29)
 
 
 def test_a_reader_that_goes_away_is_one_line(tmp_path, capsys):
