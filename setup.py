@@ -239,6 +239,8 @@ class BuildExtensions(build_ext):
                 flags + self.build_info_flags(VSOD_COMPILER=version),
             )
         ]
+        source = csrc / "common/checked_input.cpp"
+        objects.append(ninja.compile(source, "checked_input", compiler, flags))
         kernels = {"peak": csrc / "common/peak.cpp"}
         for op in CPU_OPS:
             objects.append(ninja.compile(csrc / op / "cpu.cpp", op, compiler, flags))

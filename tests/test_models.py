@@ -25,9 +25,9 @@ from commands import refused, vsod
 from trees import davis
 
 from vsod_models import zoo
+from vsod_models.networks.exported import METADATA, metadata_of
 from vsod_models.networks.foreign import from_factory
 from vsod_models.networks.mssa import MSSA
-from vsod_models.networks.onnx import METADATA, metadata_of
 from vsod_models.networks.sam2 import Sam2Refiner, surest
 from vsod_models.prediction import VideoPredictor
 

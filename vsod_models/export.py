@@ -1,10 +1,14 @@
-"""Models as ONNX files, which run without this package and without torch."""
+"""Models as files that run without this package.
+
+ONNX files run in onnxruntime, without torch; packages of AOTInductor (.pt2) in torch, from Python
+or from C++, with our operators' compiled module.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +21,68 @@ from vsod_ops.conv_lstm import reference
 from .errors import InputError, one_line
 from .files import whole_file
 from .networks.contract import MOTION_CHANNELS, MOTION_STRIDE, SaliencyModel
+from .networks.exported import metadata_of
 from .networks.inference import for_inference
-from .networks.onnx import metadata_of
+from .networks.package import package_metadata
 
 OPSET = 23  # the first with Attention
 ATTENTION = (
     torch.ops.vsod_ops.shunted_attention.default,
     torch.ops.vsod_ops.shunted_attention.unnamed,
 )
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of packages
+_AXES = ("batch", "time", "channels", "height", "width")
+
+
+CAN_CHECK = hasattr(torch.ops.vsod_ops, "checked_input")  # it is in the compiled module
+if CAN_CHECK:
+
+    @torch.library.register_fake("vsod_ops::checked_input")
+    def _(x: Tensor, name: str, sizes: Sequence[Any], least: Sequence[int]) -> Tensor:
+        return x.new_empty(sizes)
 
 
 class Window(nn.Module):
-    """A model as one function of a window: what is exported."""
+    """A model as one function of a window: what is exported.
+
+    dtype: of the autocast that it runs under.
+    checked: inputs are checked when the program runs, by an op of the compiled module.
+    """
 
     model: SaliencyModel
 
-    def __init__(self, model: SaliencyModel):
+    def __init__(
+        self, model: SaliencyModel, dtype: torch.dtype = torch.float32, *, checked: bool = False
+    ):
         super().__init__()
-        self.model = for_inference(model, fold=not model.source)
+        self.dtype, self.checked = dtype, checked
+        self.model = for_inference(model, dtype, fold=not model.source)
 
     def forward(self, frames: Tensor, *beside: Tensor) -> Tensor:
-        return self.model.decode(self.model.encode(frames, *beside), frames.shape[-2:])
+        if self.checked:
+            frames, *others = self._checked(frames, *beside)
+            beside = tuple(others)
+        if self.dtype == torch.float32:
+            return self._logits(frames, *beside)
+        with torch.autocast("cpu", self.dtype):
+            return self._logits(frames, *beside)
+
+    def _checked(self, *inputs: Tensor) -> list[Tensor]:
+        batch, length, _, height, width = inputs[0].shape
+        sizes = [[batch, length, 3, height, width]]
+        if self.model.needs_prior:
+            sizes.append([batch, length, 1, height, width])
+        if self.model.needs_motion:
+            maps = [-(-height // MOTION_STRIDE), -(-width // MOTION_STRIDE)]
+            sizes.append([batch, length, MOTION_CHANNELS, *maps])
+        names = _input_names(self.model)
+        return [
+            torch.ops.vsod_ops.checked_input(x, name, size, [1] * 5)
+            for x, name, size in zip(inputs, names, sizes, strict=True)
+        ]
+
+    def _logits(self, frames: Tensor, *beside: Tensor) -> Tensor:
+        return self.model.decode(self.model.encode(frames, *beside), frames.shape[-2:]).float()
 
 
 def export_onnx(
@@ -62,13 +107,9 @@ def export_onnx(
         InputError: `output` exists or is no .onnx name, a library is missing, a layer cannot be
             exported, which is named, or onnxruntime gives other numbers than the model.
     """
-    output = Path(output)
-    if output.suffix != ".onnx":
-        raise InputError(f"{output}: the name of an exported file has to end in .onnx")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists already; give another name or overwrite=True")
+    output = _checked_output(output, ".onnx", overwrite)
     try:
-        import onnxruntime  # noqa: F401
+        import onnxruntime
         import onnxscript
     except ImportError as error:
         raise InputError(f"export needs {error.name}: pip install -e '.[models,onnx]'") from None
@@ -89,9 +130,7 @@ def export_onnx(
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
-            input_names=["frames"]
-            + ["prior"] * model.needs_prior
-            + ["motion"] * model.needs_motion,
+            input_names=_input_names(model),
             output_names=["logits"],
             custom_translation_table=dict.fromkeys(ATTENTION, _attention(onnxscript.opset23)),
         )
@@ -103,15 +142,108 @@ def export_onnx(
     made.model.metadata_props.update(metadata_of(model))
     with whole_file(output) as part:
         made.save(part, external_data=False)
-        _check(part, window, name)
-    axes = ("batch", "time", "channels", "height", "width")
-    return {
-        str(value.name): tuple(
-            n if isinstance(n, int) else axis
-            for n, axis in zip(value.shape or (), axes, strict=True)
+
+        def run(inputs: list[Tensor]) -> Tensor:
+            session = onnxruntime.InferenceSession(str(part))
+            names = [value.name for value in session.get_inputs()]
+            feed = {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
+            return torch.from_numpy(session.run(None, feed)[0])
+
+        _check(run, "onnxruntime", window, name)
+    return {str(value.name): _named(value.shape or ()) for value in made.model.graph.inputs}
+
+
+def export_package(
+    model: SaliencyModel,
+    output: str | Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    precision: str = "float32",
+) -> dict[str, tuple[str | int, ...]]:
+    """Writes a model as one package of AOTInductor, compiled for this machine's CPU.
+
+    Inputs, output and what it says of itself are those of :func:`export_onnx`.  It runs by
+    `torch._inductor.aoti_load_package` after `import vsod_ops`, or in C++ (examples/cpp).
+
+    Args:
+        name, overwrite: as of `export_onnx`.
+        precision: "float32", or "bfloat16" for autocast inside; inputs and logits stay float32.
+
+    Returns:
+        As `export_onnx`.
+
+    Raises:
+        InputError: as `export_onnx`, or there is no compiler.
+    """
+    output = _checked_output(output, ".pt2", overwrite)
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got {precision}")
+    name = name or type(model).__name__
+    if not CAN_CHECK:
+        raise InputError(
+            "a package needs vsod_ops._cpu, which was not built, or from other sources"
         )
-        for value in made.model.graph.inputs
+    window = Window(model, PRECISIONS[precision], checked=True)
+    program = _traced(window, name)
+    _set_least_sizes(program)
+    nodes = [
+        node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+    ]
+    shapes = {
+        n: _named(x.meta["val"].shape) for n, x in zip(_input_names(model), nodes, strict=True)
     }
+    with whole_file(output) as part:
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(part),
+                inductor_configs={
+                    "aot_inductor.metadata": metadata_of(model) | package_metadata(shapes),
+                    "cpp.dynamic_threads": True,  # not the number that there are here
+                },
+            )
+        except Exception as error:  # of any part of the compiler
+            raise InputError(f"model {name} cannot be compiled: {one_line(error)}") from error
+        _check(
+            lambda inputs: torch._inductor.aoti_load_package(str(part))(*inputs),
+            "the package",
+            window,
+            name,
+        )
+    return shapes
+
+
+def _checked_output(output: str | Path, suffix: str, overwrite: bool) -> Path:
+    output = Path(output)
+    if output.suffix != suffix:
+        raise InputError(f"{output}: the name of an exported file has to end in {suffix}")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: exists already; give another name or overwrite=True")
+    return output
+
+
+def _set_least_sizes(program: torch.export.ExportedProgram) -> None:
+    """Tells the checks of inputs what the trace found: sides that the network has no maps for."""
+
+    def least(size: Any) -> int:
+        known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+        # From 2 on means any size: a trace takes 1 for a constant.
+        return 1 if known is None or known.lower <= 2 else int(known.lower)
+
+    for node in program.graph.nodes:
+        if node.target is torch.ops.vsod_ops.checked_input.default:
+            x, name, sizes, _ = node.args
+            node.args = (x, name, sizes, [least(size) for size in x.meta["val"].shape])
+
+
+def _input_names(model: SaliencyModel) -> list[str]:
+    return ["frames"] + ["prior"] * model.needs_prior + ["motion"] * model.needs_motion
+
+
+def _named(shape: Sequence[Any]) -> tuple[str | int, ...]:
+    """A shape with the names of its axes in place of free sizes."""
+    return tuple(n if isinstance(n, int) else axis for n, axis in zip(shape, _AXES, strict=True))
 
 
 def _fixed_length(model: SaliencyModel) -> bool:
@@ -157,28 +289,24 @@ def _traced_at(
             ) from error
 
 
-def _check(file: Path, window: Window, name: str) -> None:
-    """InputError where the file gives other numbers than the model, at another size than traced."""
-    import onnxruntime
-
+def _check(run: Callable[[list[Tensor]], Tensor], where: str, window: Window, name: str) -> None:
+    """InputError where a file gives other numbers than the model, at another size than traced."""
     model = window.model
     inputs = _inputs(model, 1, model.clip_length, model.image_size)
     with torch.no_grad():
         expected = window(*inputs)
-    try:
-        session = onnxruntime.InferenceSession(str(file))
-        names = [value.name for value in session.get_inputs()]
-        feed = {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
-        got = torch.from_numpy(session.run(None, feed)[0])
-    except Exception as error:  # onnxruntime raises kinds of its own
-        raise InputError(
-            f"model {name} cannot be exported: onnxruntime: {one_line(error)}"
-        ) from error
+        try:
+            got = run(inputs)
+        except Exception as error:  # each runtime raises kinds of its own
+            raise InputError(
+                f"model {name} cannot be exported: {where}: {one_line(error)}"
+            ) from error
+    tolerance = 1e-3 if window.dtype == torch.float32 else 5e-2
     if got.shape != expected.shape or not torch.allclose(
-        got, expected, rtol=0, atol=1e-3 * max(1.0, expected.abs().max().item())
+        got, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max().item())
     ):
         raise InputError(
-            f"model {name} cannot be exported: in onnxruntime it gives other numbers "
+            f"model {name} cannot be exported: in {where} it gives other numbers "
             f"({tuple(got.shape)}, for {tuple(expected.shape)} of torch)"
         )
 

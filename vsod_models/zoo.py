@@ -45,7 +45,8 @@ def load_model(
             `save_pretrained`, or a checkpoint (.ckpt) of `vsod train`; "module:factory", anything
             that can be imported and returns a `SaliencyModel` or an `nn.Module`; a name of the
             group `vsod.models` of entry points; "hub:owner/name", a model of ours on the Hugging
-            Face hub; "onnx:FILE"; "transformers:owner/name".
+            Face hub; "onnx:FILE"; "aoti:FILE", compiled code, which runs with your rights;
+            "transformers:owner/name".
         options: of "onnx:" and "transformers:", see docs/models.md.
         trust_remote_code: run the code in a repository of "transformers:".
 
@@ -65,6 +66,10 @@ def load_model(
         from .networks.onnx import OnnxModel
 
         return OnnxModel(Path(rest), options).eval()
+    if colon and scheme == "aoti":
+        from .networks.package import PackageModel
+
+        return PackageModel(Path(rest)).eval()
     if colon and scheme == "transformers":
         from .networks.transformers import load_transformers
 
@@ -96,7 +101,7 @@ def _from_factory(name: str, shipped: list[str]) -> SaliencyModel:
     raise InputError(
         f"model {name!r} is neither a folder or checkpoint nor shipped with the package "
         f"({', '.join(shipped) or 'none is'}){_installed(list(points))}, nor module:factory, "
-        "hub:owner/name, onnx:FILE or transformers:owner/name"
+        "hub:owner/name, onnx:FILE, aoti:FILE or transformers:owner/name"
     )
 
 

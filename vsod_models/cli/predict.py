@@ -24,7 +24,7 @@ ModelName = Annotated[
     str,
     typer.Option(
         help="A shipped model, a folder of save_pretrained, a checkpoint, module:factory, "
-        "hub:owner/name, onnx:FILE or transformers:owner/name."
+        "hub:owner/name, onnx:FILE, aoti:FILE or transformers:owner/name."
     ),
 ]
 ModelOptions = Annotated[
