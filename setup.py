@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -304,7 +305,13 @@ class BuildExtensions(build_ext):
         ninja.run(parallel_jobs(gigabytes_each=3))
 
 
+class BuildWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        """Of a platform, and of no Python, since none is in the modules."""
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[Extension("vsod_ops._cpu", []), Extension("vsod_ops._cuda", [])],
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build_ext": BuildExtensions, "bdist_wheel": BuildWheel},
 )

@@ -222,6 +222,40 @@ def test_the_tests_of_the_wheels_and_of_the_workflow_are_there():
     assert "run: bash .ci/run\n" in workflow and (ROOT / ".ci" / "run").is_file()
 
 
+PYTHONS = ["cp310", "cp311", "cp312", "cp313", "cp314"]
+
+
+@pytest.mark.parametrize(
+    ("config", "platform", "machine", "expected"),
+    [
+        ("pyproject.toml", "linux", "x86_64", [f"{p}-manylinux_x86_64" for p in PYTHONS]),
+        ("pyproject.toml", "linux", "aarch64", [f"{p}-manylinux_aarch64" for p in PYTHONS]),
+        ("pyproject.toml", "macos", "arm64", [f"{p}-macosx_arm64" for p in PYTHONS]),
+        ("pyproject.toml", "windows", "AMD64", []),
+        (".github/wheels-cuda.toml", "linux", "x86_64", ["cp312-manylinux_x86_64"]),
+    ],
+)
+def test_what_cibuildwheel_makes_of_its_configuration(config, platform, machine, expected):
+    pytest.importorskip("cibuildwheel", reason="the extra `test` is not installed")
+    command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers"]
+    command += ["--config-file", config, "--platform", platform, "--archs", machine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == expected
+    assert config in (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+
+
+def test_the_name_of_a_wheel_is_of_a_platform_and_of_no_python(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["build", "--build-base", str(tmp_path / "build")]
+    command += ["bdist_wheel", "--dist-dir", str(tmp_path), "--build-number", "1cu130"]
+    env = os.environ | {"VSOD_OPS_BUILD": "none"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"vsod_ops-[\d.]+-1cu130-py3-none-\w+\.whl", wheel.name)
+
+
 def test_a_wheel_has_what_the_models_read(tmp_path):
     """Recipes, weights and pages lie in the package, and so does all of its code."""
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")]
