@@ -22,11 +22,12 @@ def picture(index, size=(64, 48)):
 
 def make_video(
     path, frames=12, size=(64, 48), *, codec="libx264", pts=None, time_base=Fraction(1, 25),
-    shift=0, sound=None, seconds=None,
+    shift=0, sound=None, seconds=None, gop=None,
 ):  # fmt: skip
     """A video of `picture`s, at the times `pts` + `shift`.
 
     sound: the codec of a 440 Hz tone, of the pictures' length if not of so many `seconds`.
+    gop: frames from one key frame to the next.
     """
     pts = list(range(frames)) if pts is None else pts
     with av.open(str(path), "w") as container:
@@ -36,6 +37,8 @@ def make_video(
         video.codec_context.time_base = time_base
         if codec == "libx264":
             video.options = {"preset": "ultrafast"}
+        if gop is not None:
+            video.codec_context.gop_size = gop
         audio = None if sound is None else container.add_stream(sound, rate=48000)
         if audio is not None:
             audio.layout = "stereo"

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,11 @@ pytest.importorskip("av", reason="the extra `models` is not installed")
 pytest.importorskip("cv2", reason="the extra `models` is not installed")
 pytest.importorskip("typer", reason="the extra `models` is not installed")
 
-from clips import decode, make_video
+from clips import decode, make_video, sound_packets
 from commands import refused, vsod
 
 from vsod_models import batch, prediction
-from vsod_models.batch import Options, Task, Worker, find_tasks, record_of
+from vsod_models.batch import Cut, Options, Task, Worker, find_tasks, record_of
 from vsod_models.errors import InputError
 from vsod_models.files import locked
 from vsod_models.media.reading import open_source
@@ -159,6 +161,18 @@ def test_what_was_done_is_kept_and_nothing_else_is_taken_for_it(clips, tmp_path)
     assert [row_of(anew, task)["kept"] for task in (first, second)] == [False, False]
     assert [row_of(anew, task)["kept"] for task in (first, second)] == [True, True]
     assert os.stat(first.output).st_mtime_ns > before
+
+    # Killed before it was whole, with the former output still there.
+    there = os.lstat(first.output).st_ino
+    said = json.loads(record.read_text())
+    record.write_text(json.dumps({**said, "state": "running", "replaces": there}))
+    row = row_of(worker(out), first)
+    assert row["state"] == "failed" and "exists already" in row["error"]
+    anew = worker(out, overwrite=True)
+    record.write_text(
+        json.dumps({**said, "state": "running", "replaces": there, "run": anew.options.run})
+    )
+    assert not row_of(anew, first)["kept"]
     os.unlink(first.output)
     assert not row_of(worker(out), first)["kept"], "who deletes an output wants it again"
     no_temporary_files(out)
@@ -219,7 +233,7 @@ def test_memory_has_a_limit(clips, tmp_path):
     clips(1)
     code = f"""
         import resource
-        from vsod_models.batch import Options, Task, Worker, limit_memory
+        from vsod_models.batch import Cut, Options, Task, Worker, limit_memory
         predictor = dict(model="tiny_batch_model:Greedy", device="cpu", precision="float32")
         made = Worker(Options(predictor, {str(tmp_path / "out")!r}, "mask", memory=4.0))
         row = made(dict(source="clips/000.mp4", output={str(tmp_path / "out/000.mp4")!r}))
@@ -263,6 +277,7 @@ def test_bad_arguments(clips, tmp_path, capsys, monkeypatch):
     for words, given in {
         "--format avi": ("--format", "avi"),
         "has no alpha": ("--as", "matte"),
+        "--parts does not go with": ("--parts", "5", "--format", "gif"),
         "manifest.txt: has to end": ("--manifest", "manifest.txt"),
         "clips: has to end": ("--manifest", "clips"),
         "a folder for the outputs": ("-o", "file"),
@@ -293,6 +308,119 @@ def test_bad_input_is_told_before_the_libraries_load(clips, tmp_path, given):
     assert done.stdout == "loaded set()\n"
 
 
+# ---- a long video in parts
+
+
+def part_rows(made, task, seconds=0.6):
+    cut = Cut(seconds, *made.predictor.reach())
+    tasks = batch.cut_up(task, cut)
+    assert len(tasks) > 1
+    return [made(asdict(part)) for part in tasks]
+
+
+@pytest.mark.parametrize("model", ["mssa-tiny", "tiny_batch_model:Bright"])
+@pytest.mark.parametrize("windows", [1, 3])
+def test_the_masks_of_parts_are_those_of_the_whole(clips, tmp_path, model, windows):
+    clips(1)
+    make_video(tmp_path / "long.mp4", frames=60, gop=7)
+    made = worker(tmp_path / "out", model)
+    made.predictor.batch = windows
+    whole, cut = (
+        Task(str(tmp_path / "long.mp4"), str(tmp_path / "out" / name)) for name in ("whole", "cut")
+    )
+    assert row_of(made, whole)["state"] == "done"
+    rows = part_rows(made, cut)
+    assert [row["state"] for row in rows] == ["part", "part", "part", "done"]
+    assert rows[-1]["frames"] == 60 and not rows[-1]["kept"]
+    names = sorted(os.listdir(whole.output))
+    assert len(names) == 60 and sorted(os.listdir(cut.output)) == names
+    for name in names:
+        made_whole, made_cut = (Path(task.output, name).read_bytes() for task in (whole, cut))
+        assert made_whole == made_cut, name
+    again = part_rows(made, cut)
+    assert all(row["state"] == "done" and row["kept"] for row in again)
+    no_temporary_files(tmp_path / "out")
+    left = [path.name for path in (tmp_path / "out" / batch.RECORDS).iterdir()]
+    assert sorted(left) == ["cut.json", "whole.json"]
+
+
+@pytest.mark.parametrize("ending, view", [("mp4", "mask"), ("mov", "matte"), ("webm", "matte")])
+def test_parts_are_joined_as_they_are_coded_with_times_and_sound(clips, tmp_path, ending, view):
+    """Times that vary and do not start at 0."""
+    clips(1)
+    pts = [3 * index + index % 3 for index in range(45)]
+    long = make_video(
+        tmp_path / "long.mp4", pts=pts, shift=9, time_base=Fraction(1, 60), sound="aac", gop=12
+    )
+    options = Options(dict(model="tiny_batch_model:Bright", device="cpu"), str(tmp_path), view)
+    made = Worker(options)
+    whole, cut = (Task(str(long), str(tmp_path / f"{n}.{ending}")) for n in ("whole", "cut"))
+    assert row_of(made, whole)["state"] == "done"
+    rows = part_rows(made, cut)
+    assert rows[-1]["state"] == "done", rows
+    form = "rgba" if view == "matte" else "rgb24"
+    (pictures, times), (joined, joined_times) = (decode(t.output, form) for t in (whole, cut))
+    assert joined_times == times and len(joined) == 45
+    for one, other in zip(pictures, joined, strict=True):
+        assert one.shape == other.shape and abs(one.astype(int) - other).mean() < 2
+    assert sound_packets(cut.output) == sound_packets(whole.output)
+    assert open_source(cut.output).rate == open_source(whole.output).rate
+
+
+def test_a_kill_between_parts_loses_the_part_that_was_under_way(clips, tmp_path):
+    clips(1)
+    make_video(tmp_path / "long.mp4", frames=60, gop=7)
+    with open("tiny_batch_model.py", "a") as file:
+        file.write(
+            "\n\nimport os\nimport signal\n\nclass Mortal(Bright):\n"
+            "    left = int(os.environ.get('VSOD_LEFT', 10**6))\n"
+            "    def forward(self, frames):\n"
+            "        self.left -= 1\n"
+            "        if not self.left:\n"
+            "            os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        return super().forward(frames)\n"
+        )
+    task = Task(str(tmp_path / "long.mp4"), str(tmp_path / "out" / "long"))
+    code = f"""
+        from test_batch import Task, part_rows, worker
+        made = worker({str(tmp_path / "out")!r}, "tiny_batch_model:Mortal")
+        part_rows(made, Task(*{(task.source, task.output)!r}))
+        """
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
+        env={**os.environ, "VSOD_LEFT": "25", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (folder,) = (tmp_path / "out" / batch.RECORDS).glob("long.*")
+    first = folder / "000000-000015"
+    assert [p.name for p in sorted(folder.glob("[0-9]*[0-9]"))] == [first.name]
+    assert not os.path.lexists(task.output), "nothing is there before it is whole"
+    before = first.stat().st_mtime_ns
+
+    made = worker(tmp_path / "out", "tiny_batch_model:Mortal")
+    cut = Cut(0.6, *made.predictor.reach())
+    rows = []
+    for number, part in enumerate(batch.cut_up(task, cut)):
+        rows.append(made(asdict(part)))
+        assert number or first.stat().st_mtime_ns == before, "it was done"
+    assert [row["state"] for row in rows] == ["part", "part", "part", "done"]
+    assert len(os.listdir(task.output)) == 60 and not folder.exists()
+    no_temporary_files(tmp_path / "out")
+
+
+def test_what_is_short_or_cannot_be_cut_is_one_row(clips, tmp_path):
+    folder = clips(1, frames=20)
+    task = Task(str(folder / "000.mp4"), str(tmp_path / "out.mp4"))
+    cut = Cut(0.2, 1, 2)
+    assert len(batch.cut_up(task, cut)) == 4
+    assert batch.cut_up(task, Cut(0.5, 1, 2)) == [task]
+    for name in ("gone.mp4", "broken.mp4"):
+        (folder / "broken.mp4").write_bytes((folder / "000.mp4").read_bytes()[:-300])
+        task = Task(str(folder / name), str(tmp_path / "out.mp4"))
+        assert batch.cut_up(task, cut) == [task]
+
+
 # ---- all of them, in Ray
 
 
@@ -319,18 +447,22 @@ def wait_for(condition, process, seconds=240):
 
 
 def test_two_hundred_videos_and_five_kills(clips, tmp_path):
-    """Three actors, one after another, both at once, and the driver: nothing is lost."""
+    """Three actors, one after another, both at once, and the driver: nothing is lost.
+
+    One of the videos is cut into two parts.
+    """
     pytest.importorskip("ray", reason="the extra `batch` is not installed")
     count, out = 200, tmp_path / "out"
     folder = clips(count, frames=2, seconds=0.05)
     (folder / "007.mp4").write_bytes(b"no video")
     (folder / "077.mp4").write_bytes((folder / "000.mp4").read_bytes()[:-300])
+    make_video(folder / "050.mp4", frames=60, gop=7)
     # Ray's workers are nice by 15, which stops them where another job is busy.
     environment = {**os.environ, "VSOD_MARK": str(tmp_path), "RAY_worker_niceness": "0"}
     command = [
         sys.executable, "-m", "vsod_models.cli", "batch", "clips", "-o", "out", "--as", "mask",
         "--model", "tiny_batch_model:Bright", "--device", "cpu", "--actors", "2", "--json-lines",
-        "--retries", "4",
+        "--retries", "4", "--parts", "1",
     ]  # fmt: skip
 
     def start():
@@ -377,7 +509,8 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
         assert file.stat().st_mtime_ns == when, f"{file} was run twice"
     for row in rows:
         if row["state"] == "done":
-            assert row["frames"] == 2 and len(decode(row["output"])[0]) == 2
+            frames = 60 if "050" in row["input"] else 2
+            assert row["frames"] == frames and len(decode(row["output"])[0]) == frames
         else:
             assert row["error"].startswith(row["input"]) and not os.path.exists(row["output"])
     no_temporary_files(out)

@@ -1,4 +1,4 @@
-"""Any number of videos, on one machine or many: one row a video, in actors of Ray Data.
+"""Any number of videos, on one machine or many: one row a video or part, in actors of Ray Data.
 
 What is whole and what is not is kept in files, never in Ray: a video's output takes its name in one
 step, and beside it, in the folder `.vsod-batch`, lies a record of who made it.  So a video that was
@@ -11,24 +11,30 @@ import contextlib
 import csv
 import errno
 import glob
+import hashlib
+import itertools
 import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 
 from .errors import InputError, describe, one_line
 from .files import locked, natural_order, need_file, read_json, whole_file
+
+if TYPE_CHECKING:
+    from .media.reading import Source
 
 VIDEO_ENDINGS = (
     ".3gp", ".avi", ".flv", ".gif", ".ivf", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
@@ -47,10 +53,38 @@ PASSING = {
 
 @dataclass(frozen=True)
 class Task:
-    """One video and where its result goes."""
+    """One video and where its result goes, or one of the parts that it was cut into.
+
+    parts: JSON, a list of `Part`s as lists; empty: the video is not cut.
+    """
 
     source: str
     output: str
+    parts: str = ""
+    number: int = 0  # of the part
+
+
+class Part(NamedTuple):
+    """Frames `first` to `stop` - 1 of a video; `read` is the first one that they depend on."""
+
+    first: int
+    stop: int
+    read: int
+    since: int  # pts of `read`
+    pts: int  # of `first`
+
+    @property
+    def name(self) -> str:
+        return f"{self.first:06d}-{self.stop:06d}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How long videos are cut; unit, before: see :meth:`VideoPredictor.reach`."""
+
+    seconds: float
+    unit: int
+    before: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +99,7 @@ class Options:
     retries: int = 2
     threads: int = 1
     memory: float | None = None  # GB that an actor may allocate
+    cut: Cut | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -154,6 +189,29 @@ def _listed(path: Path) -> list[str]:
     return [str(row[column]) for row in rows]
 
 
+def cut_up(task: Task, cut: Cut) -> list[Task]:
+    """A task for each part of a long video; itself where it is short, or cannot be cut."""
+    from .media.reading import VideoFile, open_source
+
+    try:
+        source = open_source(task.source)
+        rate = float(source.rate)
+        if not isinstance(source, VideoFile) or (source.frames or 0) < 2 * cut.seconds * rate:
+            return [task]
+        times = source.times()
+    except (InputError, OSError):  # whose turn it is says so
+        return [task]
+    count = 0 if times is None else int(len(times) / (cut.seconds * rate))
+    if times is None or count < 2:
+        return [task]
+    firsts = [number * len(times) // count for number in range(count + 1)]
+    parts = []
+    for first, stop in itertools.pairwise(firsts):
+        read = max(0, first - cut.before) // cut.unit * cut.unit
+        parts.append(Part(first, stop, read, times[read], times[first]))
+    return [replace(task, parts=json.dumps(parts), number=number) for number in range(count)]
+
+
 class Worker:
     """An actor: holds the model, takes rows of tasks and gives rows of the manifest.
 
@@ -177,7 +235,7 @@ class Worker:
         }
         limit_memory(options.memory)
 
-    def __call__(self, task: Mapping[str, str]) -> dict[str, Any]:
+    def __call__(self, task: Mapping[str, Any]) -> dict[str, Any]:
         began = time.monotonic()
         row: dict[str, Any] = {
             "input": task["source"], "output": task["output"], "state": "failed", "kept": False,
@@ -194,56 +252,134 @@ class Worker:
                     break
             if attempt < self.options.retries:
                 time.sleep(2**attempt)
-        if not row["kept"]:
+        if not row["kept"] and not row["seconds"]:  # of all parts, where they were joined
             row["seconds"] = round(time.monotonic() - began, 3)
         return row
 
     def _made(self, task: Task) -> dict[str, Any]:
-        """Runs a video unless that was done; what is known of it."""
+        """Runs a video, or a part of one, unless that was done; what is known of it."""
         from .media.reading import open_source
-        from .prediction import predict_file
 
         output = Path(task.output)
         file = record_of(self.options.folder, output)
+        if not task.parts:
+            with _alone(file):
+                return self._run(task.source, output, file)
+        if known := self._known(output, file):
+            return known
+        parts = [Part(*numbers) for numbers in json.loads(task.parts)]
+        folder = self._folder_of_parts(task, file)
+        part = parts[task.number]
+        made, record = _place(folder, part, output)
+        with _alone(record):
+            self._run(task.source, made, record, part)
         with _alone(file):
-            record = read_json(file, "record of `vsod batch`") if file.is_file() else {}
-            mine = record.get("run") == self.options.run
-            known = record.get("made_by") == self.made_by
-            if os.path.lexists(output) and record and (mine or not self.options.overwrite):
-                if not known:
-                    raise InputError(
-                        f"{output}: was made by {record['made_by'].get('model')} or with other "
-                        "options; overwrite=True makes it anew"
-                    )
-                if record["state"] == "running":  # killed after it was whole
-                    record |= {"state": "done", "frames": open_source(output).frames or 0}
-                    _write(file, record)
-                kept = {key: record[key] for key in ("state", "frames", "seconds")}
-                return kept | {"kept": True}
-            attempts = record.get("attempts", 0) + 1 if mine else 1
-            if attempts > self.options.retries + 1:
-                raise InputError(
-                    f"{task.source}: the process that ran it was killed {attempts - 1} times"
-                )
-            record = {
-                "state": "running", "run": self.options.run, "attempts": attempts,
-                "made_by": self.made_by, "frames": 0, "seconds": 0.0,
-            }  # fmt: skip
-            source = open_source(task.source)
+            return self._join(open_source(task.source), output, file, folder, parts)
+
+    def _run(self, name: str, output: Path, file: Path, part: Part | None = None) -> dict[str, Any]:
+        """Predicts into `output`, of which `file` is the record; the caller holds its lock."""
+        from .media.reading import VideoFile, VideoPart, open_source
+        from .prediction import predict_file
+
+        if known := self._known(output, file):
+            return known
+        record = self._begun(file, output, name)
+        source = open_source(name)
+        if part is not None:
+            assert isinstance(source, VideoFile)
+            source = VideoPart(source, part.read, part.since, {part.first: part.pts})
+        _write(file, record)
+        began = time.monotonic()
+        try:
+            written = predict_file(
+                self.predictor, source, output, view=self.options.view,
+                background=self.options.background, overwrite=self.options.overwrite,
+                only=None if part is None else range(part.first, part.stop),
+            )  # fmt: skip
+        except Exception:
+            file.unlink(missing_ok=True)
+            raise
+        seconds = round(time.monotonic() - began, 3)
+        record |= {"state": "done", "frames": written.frames, "seconds": seconds}
+        _write(file, record)
+        return {"state": "done", "frames": written.frames}
+
+    def _known(self, output: Path, file: Path) -> dict[str, Any]:
+        """What is known of an output that is there and whole; empty where it is to be made."""
+        from .media.reading import open_source
+
+        record = read_json(file, "record of `vsod batch`") if file.is_file() else {}
+        mine = record.get("run") == self.options.run
+        if not (os.path.lexists(output) and record and (mine or not self.options.overwrite)):
+            return {}
+        if record.get("made_by") != self.made_by:
+            raise InputError(
+                f"{output}: was made by {record['made_by'].get('model')} or with other "
+                "options; overwrite=True makes it anew"
+            )
+        if record["state"] == "running":
+            if record.get("replaces") == _identity(output):  # killed before it was whole
+                return {}
+            record |= {"state": "done", "frames": open_source(output).frames or 0}
             _write(file, record)
-            began = time.monotonic()
-            try:
-                written = predict_file(
-                    self.predictor, source, output, view=self.options.view,
-                    background=self.options.background, overwrite=self.options.overwrite,
-                )  # fmt: skip
-            except Exception:
-                file.unlink(missing_ok=True)
-                raise
-            seconds = round(time.monotonic() - began, 3)
-            record |= {"state": "done", "frames": written.frames, "seconds": seconds}
-            _write(file, record)
-            return {"state": "done", "frames": written.frames}
+        return {key: record[key] for key in ("state", "frames", "seconds")} | {"kept": True}
+
+    def _begun(self, file: Path, output: Path, name: str) -> dict[str, Any]:
+        """The record of an output that is to be made now."""
+        record = read_json(file, "record of `vsod batch`") if file.is_file() else {}
+        mine = record.get("run") == self.options.run
+        attempts = record.get("attempts", 0) + 1 if mine else 1
+        if attempts > self.options.retries + 1:
+            raise InputError(f"{name}: the process that ran it was killed {attempts - 1} times")
+        return {
+            "state": "running", "run": self.options.run, "attempts": attempts,
+            "made_by": self.made_by, "frames": 0, "seconds": 0.0, "replaces": _identity(output),
+        }  # fmt: skip
+
+    def _folder_of_parts(self, task: Task, file: Path) -> Path:
+        """Where the parts wait for one another: those of this source, these cuts and options."""
+        status = os.stat(task.source)
+        about = [task.parts, self.made_by, status.st_size, status.st_mtime_ns]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return file.with_name(f"{Path(task.output).name}.{key}")
+
+    def _join(
+        self, source: Source, output: Path, file: Path, folder: Path, parts: Sequence[Part]
+    ) -> dict[str, Any]:
+        """Makes the output of its parts if all are there; the caller holds its lock."""
+        from .media.writing import join
+
+        if known := self._known(output, file):
+            shutil.rmtree(folder, ignore_errors=True)  # of an actor that was killed in between
+            return known
+        places = [_place(folder, part, output) for part in parts]
+        records = [read_json(record, "record") for _, record in places if record.is_file()]
+        if len(records) < len(parts) or any(record["state"] != "done" for record in records):
+            return {"state": "part"}
+        record = self._begun(file, output, str(output))
+        _write(file, record)
+        try:
+            made = [made for made, _ in places]
+            join(made, output, source, overwrite=self.options.overwrite)
+        except Exception:
+            file.unlink(missing_ok=True)
+            raise
+        told: dict[str, Any] = {"state": "done"}
+        for name in ("frames", "seconds"):
+            told[name] = round(sum(one[name] for one in records), 3)
+        _write(file, record | told)
+        shutil.rmtree(folder, ignore_errors=True)
+        return told
+
+
+def _identity(path: Path) -> int | None:
+    """Another one once another file or folder lies there; None: nothing does."""
+    return os.lstat(path).st_ino if os.path.lexists(path) else None
+
+
+def _place(folder: Path, part: Part, output: Path) -> tuple[Path, Path]:
+    """A part's file (or folder of PNG), and the record of it."""
+    return folder / f"{part.name}{output.suffix}", folder / f"{part.name}.json"
 
 
 def record_of(folder: str, output: Path) -> Path:
@@ -340,8 +476,9 @@ def run_batch(
     with locked(options.folder, "a batch"), contextlib.ExitStack() as at_end:
         at_end.callback(lambda: write_manifest(Path(manifest), _in_order(tasks, rows)))
         for row in _rows(tasks, options, cluster):
-            rows[row["output"]] = row
-            on_row(row)
+            if row["state"] != "part" and row["output"] not in rows:
+                rows[row["output"]] = row
+                on_row(row)
     return _in_order(tasks, rows)
 
 
@@ -390,6 +527,8 @@ def _rows(tasks: Sequence[Task], options: Options, cluster: Cluster) -> Iterator
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.target_max_block_size = 2**20  # of what it keeps in its store for each task
+        if options.cut is not None:
+            tasks = _all_cut(tasks, options)
         # Each block is a task of an actor; what was done of one that is run again is skipped.
         blocks = min(len(tasks), MOST_BLOCKS)
         data = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=blocks)
@@ -405,6 +544,24 @@ def _rows(tasks: Sequence[Task], options: Options, cluster: Cluster) -> Iterator
         raise InputError(f"Ray: {one_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _all_cut(tasks: Sequence[Task], options: Options) -> list[Task]:
+    """The tasks with those of long videos cut, on the machines that run them."""
+    import ray.data
+
+    def cut(row: Mapping[str, Any]) -> dict[str, str]:
+        task = Task(row["source"], row["output"])
+        done = os.path.lexists(task.output) and not options.overwrite
+        assert options.cut is not None
+        parts = [task] if done else cut_up(task, options.cut)
+        return {"tasks": json.dumps([asdict(part) for part in parts])}
+
+    data = ray.data.from_items(
+        [asdict(task) for task in tasks], override_num_blocks=min(len(tasks), MOST_BLOCKS)
+    )
+    rows = data.map(cut, num_cpus=1).iter_rows()
+    return [Task(**part) for row in rows for part in json.loads(row["tasks"])]
 
 
 @contextlib.contextmanager

@@ -67,6 +67,10 @@ def batch(
     memory: Annotated[
         float | None, typer.Option(min=0.1, help="GB that each may allocate; default: no limit.")
     ] = None,
+    parts: Annotated[
+        float | None,
+        typer.Option(min=1, help="Cut videos that are longer into parts of so many seconds."),
+    ] = None,
     retries: Annotated[
         int, typer.Option(min=0, help="Further attempts, where trying again can help.")
     ] = 2,
@@ -84,7 +88,7 @@ def batch(
 
     Exit code 1 if any input failed: the others are done, and the manifest says why.
     """
-    from ..batch import FORMATS, Cluster, Options, check_places, find_tasks, run_batch
+    from ..batch import FORMATS, Cluster, Cut, Options, check_places, find_tasks, run_batch
 
     # What is wrong with the inputs is said before the libraries load, which takes seconds.
     for package in ("ray", "pyarrow"):
@@ -92,6 +96,8 @@ def batch(
             raise InputError(f"vsod batch needs {package}: pip install -e '.[models,batch]'")
     if form not in FORMATS:
         raise InputError(f"--format {form}: has to be one of {', '.join(FORMATS)}")
+    if parts is not None and (form == "gif" or refine is not None):
+        raise InputError("--parts does not go with --format gif, nor with --refine")
     manifest = manifest or output / "manifest.jsonl"
     check_places(output, manifest)
     colour = parse_colour(background)
@@ -107,12 +113,14 @@ def batch(
     from ..prediction import choose_device, load_predictor
 
     # What is wrong with the model is known before anything starts.
-    described = load_predictor(**{**predictor, "device": "cpu" if ray else device}).describe()
-    options = Options(
-        predictor, str(output.resolve()), view, colour, overwrite, retries,
-        threads, memory,
-    )  # fmt: skip
     gpus = 0.0 if device == "cpu" or (not ray and choose_device(device).type == "cpu") else 1.0
+    predictor["batch"] = windows or (4 if gpus else 1)  # whatever this machine has
+    loaded = load_predictor(**{**predictor, "device": "cpu" if ray else device})
+    described = loaded.describe()
+    options = Options(
+        predictor, str(output.resolve()), view, colour, overwrite, retries, threads, memory,
+        Cut(parts, *loaded.reach()) if parts else None,
+    )  # fmt: skip
     count = actors or _actors(threads, gpus)
     if not json_lines:
         print(f"{described}; {counted(len(tasks), 'video')}, {counted(count, 'actor')}", flush=True)

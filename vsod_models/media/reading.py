@@ -12,7 +12,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -146,7 +146,24 @@ class VideoFile:
                 self.pixel_aspect = 1 / self.pixel_aspect
 
     def __iter__(self) -> Iterator[Frame]:
-        index, end = 0, self._start
+        return self._frames(0, None)
+
+    def times(self) -> list[int] | None:
+        """The `pts` of all frames, from the packets alone; None where those do not say it."""
+        shift = round(self._start / self.time_base)
+        found = []
+        with _reading(self.path), open_container(self.path) as container:
+            for packet in container.demux(_picture_stream(self.path, container)):
+                if not packet.size or packet.is_discard:
+                    continue
+                if packet.pts is None or packet.pts < shift:
+                    return None
+                found.append(packet.pts - shift)
+        return sorted(found) if len(set(found)) == len(found) else None
+
+    def _frames(self, index: int, since: int | None) -> Iterator[Frame]:
+        """The frames from the one on whose number is `index` and whose `pts` is `since`."""
+        end = self._start
         shift = round(self._start / self.time_base)
         last = -1
         place = "at its first frame"
@@ -156,6 +173,8 @@ class VideoFile:
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"err_detect": "explode"}
             step = max(1, round(1 / (self.rate * self.time_base)))
+            if since is not None:
+                self._seek(container, stream, since + shift)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise InputError(f"{self.path}: damaged or cut off {place}")
@@ -164,6 +183,8 @@ class VideoFile:
                 for decoded in packet.decode():
                     # Some containers give no time, or the same one twice.
                     pts = last + step if decoded.pts is None else decoded.pts - shift
+                    if since is not None and pts < since:
+                        continue
                     last = pts = max(pts, last + 1)
                     stored = convert.reformat(decoded, format="rgb24", threads=1).to_ndarray()
                     picture = upright(stored, _display_matrix(decoded))
@@ -175,6 +196,46 @@ class VideoFile:
         if self._end is not None and end < self._end - Fraction(1, 2):
             whole = float(self._end - self._start)
             raise InputError(f"{self.path}: cut off {place}, it should last {whole:.2f} s")
+
+    def _seek(self, container: Any, stream: Any, at: int) -> None:
+        """To a key frame after which the frame at this time is decoded, or else to the start."""
+        for seconds in (0, 2, 10, 60):
+            back = max(0, at - round(seconds / self.time_base))
+            with contextlib.suppress(av.error.FFmpegError):
+                container.seek(back, stream=stream)
+                times = (frame.pts for frame in container.decode(stream) if frame.pts is not None)
+                if next((pts for pts in times if pts >= at), None) == at:
+                    container.seek(back, stream=stream)
+                    return
+        container.seek(0, stream=stream)
+
+
+class VideoPart:
+    """The frames of a video from one in the middle on, as a source without sound.
+
+    read, pts: number and time stamp of the first frame that is read.
+    shows: number -> time stamp of the frames that tell whether it is read as the whole one is.
+    """
+
+    sound: Path | None = None
+
+    def __init__(self, video: VideoFile, read: int, pts: int, shows: Mapping[int, int]):
+        self.video, self.read, self.pts = video, read, pts
+        self.shows = {read: pts, **shows}
+        self.name, self.files, self.frames = video.name, video.files, video.frames
+        self.rate, self.time_base = video.rate, video.time_base
+        self.pixel_aspect = video.pixel_aspect
+
+    def __iter__(self) -> Iterator[Frame]:
+        shape = None
+        for frame in self.video._frames(self.read, self.pts if self.read else None):
+            shape = shape or frame.picture.shape
+            if self.shows.get(frame.index, frame.pts) != frame.pts or shape != frame.picture.shape:
+                raise InputError(
+                    f"{self.name}: changes its size or is read differently from its middle on: it "
+                    "cannot be cut into parts"
+                )
+            yield frame
 
 
 # Files that hold frames themselves: a playlist (ffconcat, HLS) names other files and addresses.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -17,7 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from ..errors import InputError
 from ..files import inside, temporary_prefix, whole_file, whole_folder
-from .reading import Frame, PathLike, Pictures, Source
+from .reading import Frame, PathLike, Pictures, Source, open_container
 from .sound import Sound
 
 OUTPUT_ENDINGS = (".mp4", ".mov", ".webm", ".gif", ".png")
@@ -225,6 +226,7 @@ class Video:
         self.convert = VideoReformatter()  # as in reading
         self.stream: Any = None
         self.sound: Sound | None = None
+        self.appended: bytes | None = None  # how the files are coded that are appended
         self.size: tuple[int, int] | None = None
         self.notes: list[str] = []
 
@@ -264,6 +266,9 @@ class Video:
         context.colorspace = self.colours
         context.color_range = ColorRange.MPEG
         self.stream = stream
+        self._start_sound()
+
+    def _start_sound(self) -> None:
         if self.source.sound is not None:
             self.sound = Sound(self.source.sound, self.container, self.ending)
             if self.sound.left_out:
@@ -291,6 +296,25 @@ class Video:
             self.container.mux(self.stream.encode(made))
             self.last = frame
 
+    def append(self, path: Path) -> None:
+        """The pictures of a file that such a writer wrote, as they are coded."""
+        with _writing(self.output), open_container(path) as part:
+            stream = part.streams.video[0]
+            if self.stream is None:
+                self.stream = self.container.add_stream_from_template(stream)
+                self.stream.codec_context.framerate = self.source.rate
+                self.stream.metadata.update(stream.metadata)  # of VP9, that it has alpha
+                self.appended = bytes(stream.codec_context.extradata or b"")
+                self._start_sound()
+            if bytes(stream.codec_context.extradata or b"") != self.appended:
+                raise InputError(f"{self.output}: its parts are coded differently")
+            for packet in part.demux(stream):
+                if packet.pts is not None:
+                    if self.sound is not None:
+                        self.sound.copy(float(packet.pts * packet.time_base))
+                    packet.stream = self.stream
+                    self.container.mux(packet)
+
     def close(self, *, stopped: bool = False) -> None:
         with _writing(self.output):
             try:
@@ -298,9 +322,27 @@ class Video:
                     if self.sound is not None:
                         self.sound.copy(self.last.time if stopped else None)
                         self.sound.close()
-                    self.container.mux(self.stream.encode(None))
+                    if self.appended is None:
+                        self.container.mux(self.stream.encode(None))
             finally:
                 self.container.close()
+
+
+def join(parts: Sequence[Path], output: Path, source: Source, *, overwrite: bool = False) -> None:
+    """Lays what `open_writer` wrote for parts of `source` end to end, with the source's sound.
+
+    parts: files of the output's kind (not GIF), or folders; nothing of them is coded again.
+    """
+    with open_writer(output, source, overwrite=overwrite) as writer:
+        for part in parts:
+            if isinstance(writer, Video):
+                writer.append(part)
+            else:
+                assert isinstance(writer, Png)
+                for file in part.iterdir():
+                    with _writing(output):
+                        shutil.copyfile(file, writer.path / file.name)
+        writer.close()
 
 
 class Gif:

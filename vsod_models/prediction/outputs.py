@@ -41,6 +41,7 @@ def predict_file(
     view: str | None = None,
     background: Sequence[int] = (255, 255, 255),
     overwrite: bool = False,
+    only: range | None = None,
     progress: Callable[[int], None] = lambda frames: None,
     window: Window | None = None,
 ) -> Written:
@@ -48,6 +49,7 @@ def predict_file(
 
     output: as `open_writer` takes it; None: nowhere, which leaves the window.
     view: a key of VIEWS; None: `default_view`.  background: RGB, of the cutout.
+    only: numbers of the frames that are written, without a step; None: all.
     progress: called with the number of frames written, after each.
     window: shows them, too.
 
@@ -71,6 +73,10 @@ def predict_file(
     ):
         try:
             for result in results:
+                if only is not None and result.index < only.start:
+                    continue
+                if only is not None and result.index >= only.stop:
+                    break
                 picture = show(result.frame, result.saliency, background)
                 with _uninterrupted():
                     if writer is not None:

@@ -258,6 +258,15 @@ class VideoPredictor:
                     results = (Result(one.frame, self._saliency(one)) for one in held)
                     yield from results if self.refine is None else self._refined(results)
 
+    def reach(self) -> tuple[int, int]:
+        """(unit, before): what makes the masks of a part of a video those of the whole, to the bit.
+
+        A run over the frames from number n on, a multiple of `unit` (or 0), gives those of the
+        frames from n + before on: windows and batches are the same ones there.
+        """
+        unit = self.batch * self.stride
+        return unit, self.length + unit
+
     def side_by_side(self, source: object) -> bool:
         """Whether `stream` runs the model's two halves, each in a thread of its own.
 
