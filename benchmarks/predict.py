@@ -118,12 +118,14 @@ def stages(args: argparse.Namespace, video: Path, folder: Path) -> dict[str, Any
     """CPU seconds a frame of each stage, alone and in one thread."""
     import cv2
 
+    from vsod_models.cli.start import keep_memory
     from vsod_models.media.reading import open_source
     from vsod_models.media.views import overlay
     from vsod_models.media.writing import open_writer
     from vsod_models.prediction import VideoPredictor, resized
     from vsod_models.zoo import load_model
 
+    keep_memory()  # as the command does
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
