@@ -157,12 +157,14 @@ class Network:
     """MSSA on one random clip of (H, W) = (size, size), with either backend of the op."""
 
     def __init__(self, model: Any, args: argparse.Namespace, size: int):
-        from vsod_models.networks.inference import for_inference
+        from vsod_models.networks.inference import for_inference, with_fused_activations
 
         generator = torch.Generator().manual_seed(args.seed)
         self.model, self.device = model, torch.device(args.device)
         self.precision = measure.DTYPES[args.precision]
         self.ready = for_inference(model, self.precision)  # as prediction runs it
+        if self.device.type == "cpu":
+            with_fused_activations(self.ready, self.precision)
         self.frames = torch.rand(1, args.frames, 3, size, size, generator=generator)
         self.frames = self.frames.to(self.device)
         self.mask = torch.zeros(1, args.frames, 1, size, size, device=self.device)

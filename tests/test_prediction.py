@@ -32,7 +32,7 @@ from vsod_models.errors import InputError  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
 from vsod_models.media.views import TINT, VIEWS  # noqa: E402
 from vsod_models.networks.contract import SaliencyModel  # noqa: E402
-from vsod_models.networks.inference import for_inference  # noqa: E402
+from vsod_models.networks.inference import bfloat16_pays, for_inference  # noqa: E402
 from vsod_models.networks.mssa import MSSA  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
     VideoPredictor,
@@ -40,7 +40,6 @@ from vsod_models.prediction import (  # noqa: E402
     predict_dataset,
     predict_file,
 )
-from vsod_models.prediction.predictor import bfloat16_pays  # noqa: E402
 from vsod_models.prior.cache import make_priors  # noqa: E402
 from vsod_models.prior.flow import FlowMagnitude, frame_prior  # noqa: E402
 

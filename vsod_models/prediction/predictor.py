@@ -32,7 +32,7 @@ from ..limits import MOST_PIXELS
 from ..media.live import Live
 from ..media.reading import Frame, PathLike, Source, ahead, open_source
 from ..networks.contract import SaliencyModel
-from ..networks.inference import for_inference, with_fused_activations
+from ..networks.inference import bfloat16_pays, for_inference, with_fused_activations
 from ..networks.sam2 import FRAMES, Sam2Refiner
 from ..prior.motion import motion
 
@@ -174,11 +174,8 @@ class VideoPredictor:
         self.prior_name = ""  # where it has one, for `describe`
         with self._foreign_errors():
             made = for_inference(model, self.dtype, fold=not self.source)
-            quick = self.dtype == torch.float32 or (
-                self.dtype == torch.bfloat16 and bfloat16_pays()
-            )
-            if self.device.type == "cpu" and quick and not self.source:
-                with_fused_activations(made)
+            if self.device.type == "cpu" and not self.source:
+                with_fused_activations(made, self.dtype)
             self.model = made.to(self.device)
 
     def describe(self) -> str:
@@ -542,12 +539,6 @@ def fitted(shape: Sequence[int], pixels: int, multiple: int) -> tuple[int, int]:
         return 2 * squeeze + abs(math.log(rows * columns / pixels))
 
     return min(sorted(choices), key=distance)
-
-
-def bfloat16_pays() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32 (AVX-512 BF16 or AMX)."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def choose_device(name: str | torch.device) -> torch.device:
