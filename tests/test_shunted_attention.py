@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from checks import BACKENDS, DTYPES, assert_two_threads_agree
 from checks_attention import attention_inputs, eager_attention
 
-from vsod_ops import shunted_attention
+from vsod_ops import schemas, shunted_attention
+from vsod_ops.shunted_attention import op
 
 OP = torch.ops.vsod_ops.shunted_attention.default
 
@@ -83,6 +84,26 @@ def test_only_the_gradients_that_are_needed(backend):
                 torch.testing.assert_close(x.grad, everything[i])
             else:
                 assert x.grad is None
+
+
+def test_no_gradient_that_nobody_asked_for(monkeypatch):
+    """What requires a gradient may still not be asked for."""
+    needs = []
+    backward = op._backward_unnamed
+    monkeypatch.setattr(
+        op, "_backward_unnamed", lambda *inputs: needs.append(inputs[7:]) or backward(*inputs)
+    )
+    q, keys, values = small(requires_grad=True)
+    between = [q * 2, *(k * 2 for k in keys), *(v * 2 for v in values)]
+    out = shunted_attention(between[0], between[1:3], between[3:]).sum()
+    torch.autograd.grad(out, [between[0], between[3]], retain_graph=True)
+    torch.autograd.grad(out, keys[1], retain_graph=True)
+    out.backward()
+    assert needs == [
+        (True, [False, False], [True, False]),
+        (False, [False, True], [False, False]),
+        (True, [True, True], [True, True]),
+    ]
 
 
 def test_unneeded_gradients_cost_no_memory():
@@ -316,8 +337,12 @@ BAD_CALLS = [
 ]
 
 
+@pytest.mark.parametrize("compiled", (True, False))
 @pytest.mark.parametrize("call, error, message", BAD_CALLS)
-def test_bad_arguments(call, error, message):
+def test_bad_arguments(call, error, message, compiled, monkeypatch):
+    """The same words whether the compiled module looks at the arguments first or nobody does."""
+    if not compiled:
+        monkeypatch.setattr(schemas, "has_cpu_kernels", lambda: False)
     with pytest.raises(error, match=message):
         shunted_attention(**call())
 

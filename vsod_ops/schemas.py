@@ -27,6 +27,11 @@ def library(op: str) -> torch.library.Library:
     return lib
 
 
+def has_cpu_kernels() -> bool:
+    """Whether a call on a CPU that names no backend is the compiled module's."""
+    return not isinstance(backends.compiled_module("_cpu"), str)
+
+
 def op(name: str) -> torch._ops.OpOverload:
     """The torch op "name" or "name.overload"."""
     packet, _, overload = name.partition(".")

@@ -5,6 +5,7 @@ There the ops run their definition in plain PyTorch, which every transform sees 
 `vmap` of attention runs the kernels, on a larger batch.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -70,6 +71,39 @@ def register_autograd(
         return kernel(keyset, *arguments)
 
     lib.impl(name, checked, "Autograd", with_keyset=True)
+
+
+def is_eager() -> bool:
+    """Whether nothing looks at a call but autograd: no compiler, tracer, transform or autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+    )
+
+
+def asked_for(ctx) -> list[bool]:
+    """For each tensor that went into a torch.autograd.Function, whether its gradient is needed.
+
+    More than what requires it: torch.autograd.grad for one input asks for no other.
+    """
+    return [node is not None and _will_run(node) for node, _ in ctx.next_functions]
+
+
+def _will_run(node: torch.autograd.graph.Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch does not say for a leaf in torch.autograd.grad
+        return True
+
+
+def below_autograd() -> contextlib.AbstractContextManager:
+    """Inside, ops of a torch.autograd.Function go past autograd, unless somebody looks there."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def is_differentiated(x: Tensor) -> bool:

@@ -41,7 +41,6 @@ Check check(const Tensor& q, const Tensors& keys, const Tensors& values) {
                   kMostHeadDim, ", got ", head_dim);
   STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), kOp, ": got ", keys.size(),
                   " keys and ", values.size(), " values, but each group needs one of both");
-  STD_TORCH_CHECK(q.numel() > 0, kOp, ": q is empty");
   int64_t heads = 0;
   for (size_t g = 0; g < keys.size(); ++g) {
     const std::string index = "[" + std::to_string(g) + "]";
@@ -49,7 +48,7 @@ Check check(const Tensor& q, const Tensors& keys, const Tensors& values) {
     const Sizes sizes{batch, keys[g].size(1), keys[g].size(2), head_dim};
     check.fits("keys" + index, keys[g], q, q.scalar_type(), sizes, Stride::kAny);
     check.fits("values" + index, values[g], q, q.scalar_type(), sizes, Stride::kAny);
-    STD_TORCH_CHECK(sizes[2] >= 1, kOp, ": keys", index, " has no keys");
+    STD_TORCH_CHECK(sizes[1] >= 1 && sizes[2] >= 1, kOp, ": keys", index, " has no keys");
     heads += sizes[1];
   }
   STD_TORCH_CHECK(heads == q.size(1), kOp, ": keys have ", heads, " heads, q has ", q.size(1));
@@ -90,6 +89,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, Tensors keys, Tensors values
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), head_dim = q.size(3);
   Tensor out = allocate.empty_like(q);
   Tensor lse = allocate.empty({batch, heads, queries}, compute_type(q));
+  if (q.numel() == 0) return {out, lse};
   std::vector<Group> groups = make_groups(keys, values);
   // One allocation for all groups: each costs as much as a small call's arithmetic.
   int64_t numbers = 0;
@@ -126,7 +126,8 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
   const ScalarType wide = compute_type(q);
 
   const auto gradient = [&](const Tensor& x, bool need) {
-    return need ? allocate.empty_like(x) : allocate.empty({0}, x.scalar_type());
+    if (!need) return allocate.empty({0}, x.scalar_type());
+    return q.numel() > 0 ? allocate.empty_like(x) : allocate.zeros(sizes_of(x), x.scalar_type());
   };
   Tensor dq = gradient(q, need_q);
   Tensors dkeys, dvalues;
@@ -137,6 +138,7 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
     if (need_keys[g]) groups[g].dk = operand(dkeys[g]);
     if (need_values[g]) groups[g].dv = operand(dvalues[g]);
   }
+  if (q.numel() == 0) return {dq, dkeys, dvalues};
   longest_first(groups);
 
   Problem problem = problem_of(q, out, lse, scale, groups);
@@ -159,8 +161,7 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
   return {dq, dkeys, dvalues};
 }
 
-// A call that names no backend: as op.py does for the others, with a default scale and empty
-// tensors.
+// A call that names no backend: as op.py does for the others, with a default scale.
 
 double factor(const Tensor& q, std::optional<double> scale) {
   return scale ? *scale : std::pow(double(q.size(3)), -0.5);
@@ -168,10 +169,7 @@ double factor(const Tensor& q, std::optional<double> scale) {
 
 std::tuple<Tensor, Tensor> forward_unnamed(const Tensor& q, Tensors keys, Tensors values,
                                            std::optional<double> scale) {
-  if (q.numel() > 0) return forward(q, keys, values, factor(q, scale));
-  const Allocator allocate(kOp, q);
-  return {allocate.empty_like(q),
-          allocate.empty({q.size(0), q.size(1), q.size(2)}, compute_type(q))};
+  return forward(q, keys, values, factor(q, scale));
 }
 
 std::tuple<Tensor, Tensors, Tensors> backward_unnamed(const Tensor& grad_out, const Tensor& q,
@@ -180,19 +178,8 @@ std::tuple<Tensor, Tensors, Tensors> backward_unnamed(const Tensor& grad_out, co
                                                       std::optional<double> scale, bool need_q,
                                                       std::vector<bool> need_keys,
                                                       std::vector<bool> need_values) {
-  if (q.numel() > 0)
-    return backward(grad_out, q, keys, values, out, as_contiguous(lse), factor(q, scale), need_q,
-                    need_keys, need_values);
-  const Allocator allocate(kOp, q);
-  const auto zeros = [&](const Tensor& x, bool need) {
-    return allocate.zeros(need ? sizes_of(x) : Sizes{0}, x.scalar_type());
-  };
-  Tensors dkeys, dvalues;
-  for (size_t g = 0; g < keys.size(); ++g) {
-    dkeys.push_back(zeros(keys[g], need_keys.at(g)));
-    dvalues.push_back(zeros(values.at(g), need_values.at(g)));
-  }
-  return {zeros(q, need_q), dkeys, dvalues};
+  return backward(grad_out, q, keys, values, out, as_contiguous(lse), factor(q, scale), need_q,
+                  need_keys, need_values);
 }
 
 }  // namespace

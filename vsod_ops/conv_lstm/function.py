@@ -150,9 +150,12 @@ def _conv_lstm(x, state, weight_ih, weight_hh, bias, weight_peephole, dilation, 
     if needs_grad and any(t is not None and t.requires_grad for t in (*tensors, c)):
         save = op.what_to_save(x, weight_hh.shape[1], recompute, backend)
     arguments = (x, h, c, weight_ih, weight_hh, bias, weight_peephole, dilation, save)
-    out, c_last, _, _ = (
-        op.unnamed(*arguments) if backend is None else op.conv_lstm(*arguments, backend)
-    )
+    if backend is not None:
+        out, c_last, _, _ = op.conv_lstm(*arguments, backend)
+    elif transforms.is_eager():
+        out, c_last, _, _ = op.eager(*arguments)
+    else:
+        out, c_last, _, _ = op.unnamed(*arguments)
     return out, (out[:, -1], c_last)
 
 

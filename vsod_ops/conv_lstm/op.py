@@ -182,6 +182,30 @@ def _autograd(ctx, grad_out, grad_c, _grad_cells, _grad_gates):
     return *wanted, *(None for _ in ("dilation", "save", *ctx.backend))
 
 
+class _ConvLSTM(torch.autograd.Function):
+    """The same without the dispatcher's ways through Python, which cost more than small calls."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = unnamed(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with transforms.below_autograd():
+            return _autograd(ctx, *grads)
+
+
+def eager(*arguments):
+    """`unnamed` for a call that is_eager()."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:7]):
+        return _ConvLSTM.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return unnamed(*arguments)
+
+
 def _double_backward(ctx, *grads):
     raise NotImplementedError("conv_lstm is differentiable once; there is no double backward")
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import schemas, transforms
 from ..backends import check_name
 from . import op, reference
 
 MAX_HEAD_DIM = 256
+_PLAIN = (Tensor, torch.nn.Parameter)  # not a FakeTensor or another that holds no numbers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -60,6 +61,14 @@ def shunted_attention(
         >>> shunted_attention(q, keys, values).shape
         torch.Size([1, 4, 3920, 64])
     """
+    if backend is None and _is_quick(q, keys, values, scale):
+        try:
+            out, lse = op.eager(q, keys, values, scale)
+        except RuntimeError:
+            _check(q, keys, values)  # has the words for what the compiled module does not take
+            raise
+        return (out, lse.float()) if return_lse else out
+
     keys, values = _check(q, keys, values)
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
@@ -83,6 +92,18 @@ def shunted_attention(
         else:
             out, lse = op.shunted_attention(q, keys, values, scale, backend)
     return (out, lse.float()) if return_lse else out
+
+
+def _is_quick(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale) -> bool:
+    """Whether the compiled module can take the arguments as they are, and checks them itself."""
+    return (
+        type(keys) in (list, tuple)
+        and type(values) in (list, tuple)
+        and all(type(t) in _PLAIN and t.is_cpu for t in (q, *keys, *values))
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
+        and schemas.has_cpu_kernels()
+        and transforms.is_eager()
+    )
 
 
 def _check(

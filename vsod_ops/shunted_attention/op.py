@@ -104,25 +104,61 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(q, *keys, *values, out, lse)
 
 
-def _autograd(ctx, grad_out, _grad_lse):
+def _gradients(backward, ctx, grad_out, need_q, need_keys, need_values, *backend):
+    """What the needs ask for; None for the rest."""
     q, *key_values, out, lse = ctx.saved_tensors
     keys, values = key_values[: ctx.groups], key_values[ctx.groups :]
-    need_q, need_keys, need_values = ctx.needs_input_grad[:3]
-    backward = _backward_op if ctx.backend else _backward_unnamed
     dq, dkeys, dvalues = backward(
         *(grad_out, q, keys, values, out, lse, ctx.scale),
-        *(need_q, list(need_keys), list(need_values), *ctx.backend),
+        *(need_q, need_keys, need_values, *backend),
     )
 
     def wanted(grads, needs):
         return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
-    return (
-        dq if need_q else None,
-        wanted(dkeys, need_keys),
-        wanted(dvalues, need_values),
-        *(None for _ in ("scale", *ctx.backend)),
+    return dq if need_q else None, wanted(dkeys, need_keys), wanted(dvalues, need_values)
+
+
+def _autograd(ctx, grad_out, _grad_lse):
+    backward = _backward_op if ctx.backend else _backward_unnamed
+    need_q, need_keys, need_values = ctx.needs_input_grad[:3]
+    grads = _gradients(
+        backward, ctx, grad_out, need_q, list(need_keys), list(need_values), *ctx.backend
     )
+    return *grads, *(None for _ in ("scale", *ctx.backend))
+
+
+class _Attention(torch.autograd.Function):
+    """The same without the dispatcher's ways through Python, which cost more than small calls."""
+
+    @staticmethod
+    def forward(ctx, scale, groups, q, *key_values):
+        keys, values = key_values[:groups], key_values[groups:]
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = unnamed(q, keys, values, scale)
+        ctx.scale, ctx.groups = scale, groups
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, *key_values, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, _grad_lse):
+        if grad_out is None:
+            return (None,) * (3 + 2 * ctx.groups)
+        need_q, *needs = transforms.asked_for(ctx)
+        needs = needs[: ctx.groups], needs[ctx.groups :]
+        with transforms.below_autograd():
+            dq, dkeys, dvalues = _gradients(_backward_unnamed, ctx, grad_out, need_q, *needs)
+        return None, None, dq, *dkeys, *dvalues
+
+
+def eager(q, keys, values, scale):
+    """(out, lse) of a call that names no backend, on the CPU, that is_eager()."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *keys, *values)):
+        return _Attention.apply(scale, len(keys), q, *keys, *values)
+    with torch._C._AutoDispatchBelowAutograd():
+        return unnamed(q, keys, values, scale)
 
 
 def _double_backward(ctx, *grads):
