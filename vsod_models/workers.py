@@ -1,12 +1,36 @@
-"""Worker processes of a command."""
+"""Worker processes of a command: how many, and what Ctrl-C does while they start."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+
+def available_cores() -> int:
+    """What this process may use, which can be less than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    handler = signal.signal(signal.SIGINT, lambda *signals: waiting.append(signals))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if waiting and callable(handler):
+        handler(*waiting[0])
 
 
 @contextlib.contextmanager
@@ -20,13 +44,9 @@ def deaf_to_ctrl_c() -> Iterator[None]:
     if not masks or threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting: list[tuple[int, Any]] = []
-    handler = signal.signal(signal.SIGINT, lambda *signals: waiting.append(signals))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what children inherit
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
-    if waiting and callable(handler):
-        handler(*waiting[0])
+    with ctrl_c_later():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what children inherit
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

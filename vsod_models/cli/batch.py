@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError, Stopped
+from ..workers import available_cores
 from .predict import (
     DEFAULT_MODEL,
     Background,
@@ -156,4 +156,4 @@ def _actors(threads: int, gpus: float) -> int:
         import torch
 
         return max(1, torch.cuda.device_count())
-    return max(1, len(os.sched_getaffinity(0)) // threads)
+    return max(1, available_cores() // threads)

@@ -53,11 +53,12 @@ def evaluate(
     from rich.progress import Progress
 
     from ..data import open_dataset
-    from ..evaluation.evaluator import available_cores, evaluate_folder
+    from ..evaluation.evaluator import evaluate_folder
     from ..evaluation.figures import draw_bars, draw_curves, draw_grid, draw_scatter
     from ..evaluation.flicker import flicker_of_folder
     from ..evaluation.protocols import get_protocol
     from ..evaluation.report import write_csv, write_json
+    from ..workers import available_cores
     from .tables import show
 
     get_protocol(protocol)

@@ -222,13 +222,6 @@ def evaluate_folder(
     )
 
 
-def available_cores() -> int:
-    """What this process may use, which can be less than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _map(
     jobs: list[tuple[Path, Record, Protocol]], workers: int
 ) -> Iterable[tuple[Scores, str | None]]:

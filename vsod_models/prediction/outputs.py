@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from ..data import maps
 from ..data.records import Record, Records
@@ -20,6 +17,7 @@ from ..media.reading import Frame, PathLike, Source, ahead
 from ..media.views import VIEWS, check_view
 from ..media.window import Window
 from ..media.writing import Png, Writer, open_writer
+from ..workers import ctrl_c_later
 from .predictor import VideoPredictor
 
 
@@ -78,7 +76,7 @@ def predict_file(
                 if only is not None and result.index >= only.stop:
                     break
                 picture = show(result.frame, result.saliency, background)
-                with _uninterrupted():
+                with ctrl_c_later():  # no frame is half-encoded
                     if writer is not None:
                         writer.write(picture, result.source)
                     done += 1
@@ -92,7 +90,7 @@ def predict_file(
                 raise
             stopped = True
         try:
-            with _uninterrupted():
+            with ctrl_c_later():
                 if writer is not None:
                     writer.close(stopped=stopped)
         except KeyboardInterrupt:
@@ -189,19 +187,3 @@ def _predict_dataset(
         else:
             done += len(frames)
     return written
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: no frame is half-encoded."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[tuple[int, Any]] = []
-    handler = signal.signal(signal.SIGINT, lambda *signals: waiting.append(signals))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if waiting and callable(handler):
-        handler(*waiting[0])
