@@ -97,12 +97,12 @@ def shunted_attention(
 def _is_quick(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale) -> bool:
     """Whether the compiled module can take the arguments as they are, and checks them itself."""
     return (
-        type(keys) in (list, tuple)
+        transforms.is_eager()  # first: torch.compile looks at no more of this
+        and type(keys) in (list, tuple)
         and type(values) in (list, tuple)
         and all(type(t) in _PLAIN and t.is_cpu for t in (q, *keys, *values))
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and schemas.has_cpu_kernels()
-        and transforms.is_eager()
     )
 
 
