@@ -314,8 +314,8 @@ class Worker:
             return {}
         if record.get("made_by") != self.made_by:
             raise InputError(
-                f"{output}: was made by {record['made_by'].get('model')} or with other "
-                "options; overwrite=True makes it anew"
+                f"{output}: was made by {record['made_by'].get('model')} with other weights or "
+                "other options; overwrite=True makes it anew"
             )
         if record["state"] == "running":
             if record.get("replaces") == _identity(output):  # killed before it was whole
