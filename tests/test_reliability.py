@@ -195,6 +195,32 @@ def test_a_stopped_training_says_what_it_kept_and_one_folder_takes_one(tmp_path,
     assert not [p for p in (tmp_path / "run").iterdir() if ".part" in p.name]
 
 
+def test_sigterm_stops_also_what_a_script_runs_in_the_background():
+    """Shells ignore Ctrl-C there; a block that must not be cut short ends first."""
+    code = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from vsod_models.cli.app import add, app, main
+from vsod_models.workers import ctrl_c_later
+
+def wait():
+    with ctrl_c_later():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), int(sys.argv[1]))
+        print("whole")
+    print("went on")
+
+add(app, "wait", wait, "wait")
+main(["wait"])
+"""
+    for number, after, exit_code in ((signal.SIGTERM, "", 130), (signal.SIGINT, "went on\n", 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(int(number))], capture_output=True, text=True
+        )
+        assert done.stdout == "whole\n" + after and "Traceback" not in done.stderr
+        assert done.returncode == exit_code
+
+
 def limited(tmp_path, preparation, *arguments):
     """`vsod ...` in a process that runs `preparation` first."""
     lines = [preparation, "from vsod_models.cli import main; import sys", "main(sys.argv[1:])"]

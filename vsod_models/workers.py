@@ -17,9 +17,18 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def interrupt(number: int, frame: Any) -> None:
+    """SIGTERM and Ctrl-C do the same, but that shells ignore Ctrl-C in the background."""
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(number, frame)
+    elif number == signal.SIGTERM:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block."""
+    """Ctrl-C, and SIGTERM where it is as good as that, wait for the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -29,8 +38,8 @@ def ctrl_c_later() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if waiting and callable(handler):
-        handler(*waiting[0])
+    for one in waiting:
+        interrupt(*one)
 
 
 @contextlib.contextmanager

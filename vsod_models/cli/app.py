@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..errors import InputError, Stopped, describe, one_line
+from ..workers import interrupt
 from . import start
 from .batch import batch
 from .data import check, prepare, synthetic
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         start.keep_memory()
     if threading.current_thread() is threading.main_thread():
         # Whatever waits for the end of a frame on Ctrl-C then does so here.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, interrupt)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is an error
     try:
         app(arguments, prog_name="vsod")
