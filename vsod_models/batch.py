@@ -510,6 +510,7 @@ def _rows(tasks: Sequence[Task], options: Options, cluster: Cluster) -> Iterator
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet: dict[str, Any] = dict(logging_level="ERROR", log_to_driver=False)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         with _stderr_closed():  # its C++ side says there that it was told to be quiet
             if cluster.address is not None:
@@ -522,6 +523,8 @@ def _rows(tasks: Sequence[Task], options: Options, cluster: Cluster) -> Iterator
                 )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise InputError(f"Ray at {cluster.address or 'local'}: {one_line(error)}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's would end the process, without a manifest
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
