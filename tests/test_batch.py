@@ -449,7 +449,7 @@ def wait_for(condition, process, seconds=240):
 def test_two_hundred_videos_and_five_kills(clips, tmp_path):
     """Three actors, one after another, both at once, and the driver: nothing is lost.
 
-    One of the videos is cut into two parts.
+    Before them the driver is stopped by SIGTERM.  One of the videos is cut into two parts.
     """
     pytest.importorskip("ray", reason="the extra `batch` is not installed")
     count, out = 200, tmp_path / "out"
@@ -481,6 +481,13 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
     seen = {}
     process = start()
     try:
+        wait_for(lambda: len(done()) >= 5, process)
+        process.terminate()
+        assert process.wait(120) == 130, Path("errors").read_text()
+        stopped = (out / "manifest.jsonl").read_text().splitlines()
+        assert {json.loads(line)["state"] for line in stopped} >= {"done", "waiting"}
+        (out / "manifest.jsonl").unlink()
+        process = start()
         for number, at in enumerate((15, 40, 65, 90), start=1):
             wait_for(lambda at=at: len(done()) >= at and actors(tmp_path), process)
             alive = actors(tmp_path)
