@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from checks import needs_gpu
 
-from vsod_ops.backends import compiled_module
+from vsod_ops.backends import compiled_module, library_path
 
 CUDA_MODULE = compiled_module("_cuda")  # or, as text, why there is none
 needs_cuda_module = pytest.mark.skipif(
@@ -28,7 +28,7 @@ def cuda_objdump(*options, check=True):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip("this triton carries no cuobjdump")
-    command = [tool, *options, CUDA_MODULE.__file__]
+    command = [tool, *options, library_path("_cuda")]
     return subprocess.run(command, capture_output=True, text=True, check=check).stdout
 
 
