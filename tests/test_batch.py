@@ -215,6 +215,15 @@ def test_an_input_that_fails_says_why_and_is_tried_again_where_that_can_help(
     no_temporary_files(out)
 
 
+def test_only_an_actor_is_deaf_to_ctrl_c(clips, tmp_path):
+    clips(1)
+    before = signal.getsignal(signal.SIGINT)
+    worker(tmp_path / "out")
+    assert signal.getsignal(signal.SIGINT) is before
+    batch.Actor(Options({"model": "tiny_batch_model:Bright"}, str(tmp_path / "out"), "mask"))
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # goes back after each test
+
+
 def test_a_video_that_kills_its_process_is_given_up(clips, tmp_path):
     folder, out = clips(1), tmp_path / "out"
     made = worker(out)

@@ -213,7 +213,7 @@ def cut_up(task: Task, cut: Cut) -> list[Task]:
 
 
 class Worker:
-    """An actor: holds the model, takes rows of tasks and gives rows of the manifest.
+    """Holds the model, takes rows of tasks and gives rows of the manifest.
 
     Whatever happens to a video is in its row; nothing is raised.
     """
@@ -224,9 +224,6 @@ class Worker:
 
         from .prediction import load_predictor
 
-        # A video is whole or not there: nobody's Ctrl-C ends it early.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(options.threads)
         self.predictor = load_predictor(**options.predictor)
         self.made_by = self.predictor.record() | {
@@ -393,6 +390,16 @@ def _write(file: Path, record: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(record) + "\n")
 
 
+class Actor(Worker):
+    """A worker in a process of its own."""
+
+    def __init__(self, options: Options):
+        # A video is whole or not there: nobody's Ctrl-C ends it early.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        super().__init__(options)
+
+
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """One process a video: one whose driver is dead may still be at it, and is waited for."""
@@ -536,7 +543,7 @@ def _rows(tasks: Sequence[Task], options: Options, cluster: Cluster) -> Iterator
         blocks = min(len(tasks), MOST_BLOCKS)
         data = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=blocks)
         done = data.map(
-            Worker, fn_constructor_args=(options,), num_cpus=options.threads,
+            Actor, fn_constructor_args=(options,), num_cpus=options.threads,
             num_gpus=cluster.gpus or None,
             compute=ray.data.ActorPoolStrategy(
                 size=min(cluster.actors, blocks), max_tasks_in_flight_per_actor=2
