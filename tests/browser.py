@@ -57,7 +57,7 @@ class Served:
 
     def __exit__(self, *error):
         self.process.terminate()
-        self.process.wait(120)  # it ends once what it is loading is loaded
+        self.process.wait(20)
         self.process.stdout.close()
 
 

@@ -351,7 +351,7 @@ def test_what_a_killed_server_left_goes_with_the_next_one(tmp_path, monkeypatch)
         (own,) = tmp_path.iterdir()
         assert own != left
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(120) == 130
+        assert server.process.wait(60) == 130
         assert server.process.stderr.read() == "vsod: stopped: what was not saved is gone\n"
     assert not list(tmp_path.iterdir())
 
