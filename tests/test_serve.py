@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import signal
 import socket
 import struct
@@ -213,6 +214,15 @@ def test_corrupt_files_are_told_as_the_command_does(client, tmp_path):
     assert not list((client.app.state.folder / "jobs").glob("*"))
 
 
+def test_what_is_left_of_a_job_is_gone_when_it_is_over(client, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (time.sleep(0.5), remove(*a, **k)))
+    cut = make_video(tmp_path / "whole.mkv", 90).read_bytes()
+    job = predicted(client, cut[: len(cut) // 2], "film.mkv")
+    assert job["state"] == "failed" and job["error"]
+    assert not list((client.app.state.folder / "jobs").glob("*"))
+
+
 def test_video_to_every_download(client, tmp_path):
     film = make_video(tmp_path / "in.mp4", 8, sound="aac")
     job = predicted(client, film.read_bytes(), "my film.mp4")
@@ -285,14 +295,14 @@ def test_queue_and_cancel(client, tmp_path):
     first, second, third = (client.post("/api/jobs", json=asked).json() for _ in range(3))
     client.post(f"/api/jobs/{second['id']}/cancel")
     assert ended(client, second)["state"] == "cancelled"  # while the first one runs
-    for _ in range(300):
-        states = [job["state"] for job in client.get("/api/jobs").json()["jobs"]]
-        said = client.get("/api/jobs").json()["jobs"][0]
-        if said["done"]:
+    for _ in range(600):
+        shown = client.get(f"/api/jobs/{first['id']}/latest.jpg")
+        if shown.status_code == 200:
             break
         time.sleep(0.1)
-    assert states[0] == "running" and states[2] == "waiting"
-    assert client.get(f"/api/jobs/{first['id']}/latest.jpg").headers["content-type"] == "image/jpeg"
+    assert shown.headers["content-type"] == "image/jpeg"
+    states = [job["state"] for job in client.get("/api/jobs").json()["jobs"]]
+    assert states == ["running", "cancelled", "waiting"]
     assert client.get(f"/api/jobs/{first['id']}/file").status_code == 409
     files = client.post(f"/api/jobs/{first['id']}/files", json={"view": "mask", "format": "gif"})
     assert files.status_code == 409

@@ -135,7 +135,7 @@ class Jobs:
                 if self.closed:
                     return
                 assert job is not None
-                job.state, job.began = "running", time.monotonic()
+                job.began, job.state = time.monotonic(), "running"
             state, error = "done", ""
             try:
                 (self._predict if job.of is None else self._render)(job)
@@ -146,10 +146,11 @@ class Jobs:
             except Exception as problem:  # the server goes on, and the page says what it was
                 state, error = "failed", f"{type(problem).__name__}: {problem}"
             with self.changed:
-                job.seconds = time.monotonic() - job.began
-                job.state, job.error, job.latest = state, error, None
                 if state != "done" or job.id not in self.of:
                     shutil.rmtree(self.folder / job.id, ignore_errors=True)
+                job.seconds = time.monotonic() - job.began
+                job.error, job.latest = error, None
+                job.state = state  # last: who sees that it is over sees all of its end
 
     def _next(self) -> Job | None:
         return next((job for job in self.of.values() if job.state == "waiting"), None)
