@@ -8,7 +8,6 @@ the two halves cannot run apart.
 from __future__ import annotations
 
 import contextlib
-import functools
 import secrets
 import shutil
 import threading
@@ -86,7 +85,7 @@ class Jobs:
         self.of: dict[str, Job] = {}  # oldest first
         self.changed = threading.Condition()
         self.closed = False
-        self.loaded: tuple[str, Any] = ("", None)  # the model used last
+        self.loaded: tuple[Any, Any] = (None, None)  # (model, CRF) and predictor used last
         self.thread = threading.Thread(target=self._work, name="vsod-jobs", daemon=True)
         self.thread.start()
 
@@ -184,23 +183,15 @@ class Jobs:
         job.total = job.done
 
     def _predictor(self, job: Job) -> Any:
-        from .. import zoo
-        from ..prediction import VideoPredictor
+        from ..prediction import load_predictor
 
-        if self.loaded[0] != job.model:
-            self.loaded = ("", None)
-            self.loaded = (job.model, zoo.load_model(job.model))
+        asked = (job.model, job.crf)
+        if self.loaded[0] != asked:
+            self.loaded = (None, None)  # one in memory at a time
+            predictor = load_predictor(job.model, self.device, precision="auto", crf=job.crf)
+            self.loaded = (asked, predictor)
         self._go_on(job, step=0)
-        model, prior = self.loaded[1], None
-        if model.needs_prior:
-            from ..prior.flow import frame_prior
-            from ..prior.load import load_prior, prior_of
-
-            prior = functools.partial(frame_prior, load_prior(prior_of(job.model)))
-        name = Path(job.model).name
-        return VideoPredictor(
-            model, self.device, precision="auto", crf=job.crf, prior=prior, name=name
-        )
+        return self.loaded[1]
 
     def _go_on(self, job: Job, step: int = 1) -> None:
         if job.stop.is_set():
