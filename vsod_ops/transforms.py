@@ -87,16 +87,14 @@ def is_eager() -> bool:
 def asked_for(ctx) -> list[bool]:
     """For each tensor that went into a torch.autograd.Function, whether its gradient is needed.
 
-    More than what requires it: torch.autograd.grad for one input asks for no other.
+    More than what requires it: torch.autograd.grad for one input asks for no other.  A leaf's
+    counts as needed: in torch.autograd.grad torch answers for it with an error, which takes as long
+    as a small call.
     """
-    return [node is not None and _will_run(node) for node, _ in ctx.next_functions]
-
-
-def _will_run(node: torch.autograd.graph.Node) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch does not say for a leaf in torch.autograd.grad
-        return True
+    return [
+        node is not None and (hasattr(node, "variable") or torch._C._will_engine_execute_node(node))
+        for node, _ in ctx.next_functions
+    ]
 
 
 def below_autograd() -> contextlib.AbstractContextManager:
