@@ -3,10 +3,12 @@ import signal
 import pytest
 import torch
 
-# A shell starts what it runs in the background with Ctrl-C ignored, and so would this process what
-# it starts.
+# A shell starts what it runs in the background with Ctrl-C ignored, other programs with it blocked,
+# and so would this process what it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "pthread_sigmask"):  # not on Windows
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def pytest_addoption(parser):

@@ -136,19 +136,21 @@ def test_what_cannot_go_there(tmp_path, capsys, monkeypatch):
 
 
 class Glass:
-    """A window that nobody sees, which the user closes after some calls."""
+    """A window that nobody sees, which the user closes after so many pictures, or after the first
+    one when so many updates brought no other."""
 
     def __init__(self, pictures=1000, updates=1000):
-        self.shown, self.pictures, self.updates = [], pictures, updates
+        self.shown, self.pictures, self.updates, self.idle = [], pictures, updates, 0
 
     def show(self, picture):
         self.shown.append(picture)
+        self.idle = 0
         if len(self.shown) == self.pictures:
             raise KeyboardInterrupt
 
     def update(self):
-        self.updates -= 1
-        if not self.updates:
+        self.idle += len(self.shown) > 0
+        if self.idle == self.updates:
             raise KeyboardInterrupt
 
 
