@@ -23,7 +23,7 @@ from commands import refused, vsod
 
 from vsod_models import zoo
 from vsod_models.errors import InputError
-from vsod_models.export import export_onnx
+from vsod_models.export import export_onnx, export_package
 from vsod_models.networks.foreign import PerFrame
 from vsod_models.networks.mssa import MSSA
 from vsod_models.networks.msst import MSST
@@ -221,6 +221,17 @@ def test_what_cannot_be_exported_is_named_with_its_layer(tmp_path, layer):
     model = PerFrame(network, "mine", (32, 32))
     with pytest.raises(InputError, match=r"model mine cannot be exported.*layer network\.1\.1: "):
         export_onnx(model, tmp_path / "a.onnx", name="mine")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("export", "name"), [(export_onnx, "a.onnx"), (export_package, "a.pt2")])
+def test_weights_that_hold_nan_are_named(tmp_path, export, name):
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 1, 1))
+    nn.init.constant_(network[1].weight, float("nan"))
+    model = PerFrame(network, "mine", (32, 32))
+    words = r"model mine cannot be exported: its logits hold NaN.* its weight network\.1\.weight"
+    with pytest.raises(InputError, match=words):
+        export(model, tmp_path / name, name="mine")
     assert not list(tmp_path.iterdir())
 
 

@@ -105,7 +105,7 @@ def export_onnx(
 
     Raises:
         InputError: `output` exists or is no .onnx name, a library is missing, a layer cannot be
-            exported, which is named, or onnxruntime gives other numbers than the model.
+            exported, which is named, the model gives NaN, or onnxruntime other numbers.
     """
     output = _checked_output(output, ".onnx", overwrite)
     try:
@@ -116,6 +116,7 @@ def export_onnx(
     name = name or type(model).__name__
     window = Window(model)
     program = _traced(window, name)
+    inputs, expected = _example(window, name)
     # The plain loop over T; without gradients nothing else is asked of the op.
     program = program.run_decompositions(
         {
@@ -143,13 +144,13 @@ def export_onnx(
     with whole_file(output) as part:
         made.save(part, external_data=False)
 
-        def run(inputs: list[Tensor]) -> Tensor:
+        def run() -> Tensor:
             session = onnxruntime.InferenceSession(str(part))
             names = [value.name for value in session.get_inputs()]
             feed = {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
             return torch.from_numpy(session.run(None, feed)[0])
 
-        _check(run, "onnxruntime", window, name)
+        _check(run, "onnxruntime", expected, window.dtype, name)
     return {str(value.name): _named(value.shape or ()) for value in made.model.graph.inputs}
 
 
@@ -186,6 +187,7 @@ def export_package(
         )
     window = Window(model, PRECISIONS[precision], checked=True)
     program = _traced(window, name)
+    inputs, expected = _example(window, name)
     _set_least_sizes(program)
     nodes = [
         node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
@@ -206,9 +208,10 @@ def export_package(
         except Exception as error:  # of any part of the compiler
             raise InputError(f"model {name} cannot be compiled: {one_line(error)}") from error
         _check(
-            lambda inputs: torch._inductor.aoti_load_package(str(part))(*inputs),
+            lambda: torch._inductor.aoti_load_package(str(part))(*inputs),
             "the package",
-            window,
+            expected,
+            window.dtype,
             name,
         )
     return shapes
@@ -289,19 +292,35 @@ def _traced_at(
             ) from error
 
 
-def _check(run: Callable[[list[Tensor]], Tensor], where: str, window: Window, name: str) -> None:
-    """InputError where a file gives other numbers than the model, at another size than traced."""
+def _example(window: Window, name: str) -> tuple[list[Tensor], Tensor]:
+    """Random inputs, of another size than is traced, and the logits of the model for them.
+
+    Raises:
+        InputError: they are not finite.
+    """
     model = window.model
     inputs = _inputs(model, 1, model.clip_length, model.image_size)
     with torch.no_grad():
         expected = window(*inputs)
+    if not expected.isfinite().all():
+        bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+        why = f", and so does its weight {bad[0]}" if bad else ""
+        raise InputError(f"model {name} cannot be exported: its logits hold NaN or infinity{why}")
+    return inputs, expected
+
+
+def _check(
+    run: Callable[[], Tensor], where: str, expected: Tensor, dtype: torch.dtype, name: str
+) -> None:
+    """InputError where a file gives other numbers than the model."""
+    with torch.no_grad():
         try:
-            got = run(inputs)
+            got = run()
         except Exception as error:  # each runtime raises kinds of its own
             raise InputError(
                 f"model {name} cannot be exported: {where}: {one_line(error)}"
             ) from error
-    tolerance = 1e-3 if window.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     if got.shape != expected.shape or not torch.allclose(
         got, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max().item())
     ):
