@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "how soon the pages of vsod serve answer",
     "predict": "frames a second of `vsod predict`, and where a frame's time goes",
     "batch": "clips an hour of `vsod batch`, and of a loop of `vsod predict`",
+    "export": "what `vsod export` writes, in onnxruntime and as a package, against PyTorch",
     "report": "rewrite the result tables of README.md and docs/ from benchmarks/results/",
 }
 EXTRA_PACKAGES = ("av", "matplotlib", "rich", "torchvision")  # of the extra `bench`

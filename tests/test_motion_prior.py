@@ -16,19 +16,18 @@ from checks import full_disk
 
 from vsod_models.data.records import Record, Records
 from vsod_models.errors import InputError
-from vsod_models.networks.contract import MOTION_CHANNELS
+from vsod_models.networks.contract import MOTION_CHANNELS, MOTION_STRIDE
 from vsod_models.prior import cache
 from vsod_models.prior.cache import make_priors
 from vsod_models.prior.fit import train_prior
 from vsod_models.prior.flow import (
     FlowMagnitude,
     frame_prior,
-    neighbour,
     optical_flow,
     without_camera,
 )
 from vsod_models.prior.load import load_prior
-from vsod_models.prior.motion import clip_motion, motion, without_affine
+from vsod_models.prior.motion import clip_motion, motion, neighbour, without_affine
 from vsod_models.prior.regions import (
     STATISTICS,
     MotionPrior,
@@ -147,7 +146,8 @@ def test_what_moves_beside_the_camera(speed):
     small, small_masks = clip(speed=speed)
     pictures = [cv2.resize(picture, None, fx=3, fy=3) for picture in small]
     maps = clip_motion(pictures)
-    assert maps.shape == (4, MOTION_CHANNELS, 54, 72) and maps.dtype == np.float32
+    height, width = (side // MOTION_STRIDE for side in pictures[0].shape[:2])
+    assert maps.shape == (4, MOTION_CHANNELS, height, width) and maps.dtype == np.float32
     for t, (x, y, relative, length) in enumerate(maps):
         place = cv2.erode(cv2.resize(small_masks[t], (72, 54)), np.ones((7, 7))) == 255
         outside = cv2.dilate(cv2.resize(small_masks[t], (72, 54)), np.ones((7, 7))) == 0

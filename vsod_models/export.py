@@ -254,7 +254,10 @@ def _fixed_length(model: SaliencyModel) -> bool:
     return model.outputs == "last" or loops
 
 
-def _inputs(model: SaliencyModel, batch: int, length: int, size: Sequence[int]) -> list[Tensor]:
+def example_inputs(
+    model: SaliencyModel, batch: int, length: int, size: Sequence[int]
+) -> list[Tensor]:
+    """Random inputs of an exported file, in its order."""
     inputs = [torch.rand(batch, length, 3, *size)]
     if model.needs_prior:
         inputs.append(torch.rand(batch, length, 1, *size))
@@ -279,7 +282,7 @@ def _traced_at(
     length, free = model.clip_length, (0, *free)
     if not _fixed_length(model):
         length, free = max(4, 2 * length), (1, *free)
-    frames, *beside = _inputs(model, 2, length, [scale * side for side in model.image_size])
+    frames, *beside = example_inputs(model, 2, length, [scale * side for side in model.image_size])
     axes = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
     shapes = {"frames": axes} | ({"beside": (axes,)} if beside else {})
     with torch.no_grad(), _running(model) as running:
@@ -299,7 +302,7 @@ def _example(window: Window, name: str) -> tuple[list[Tensor], Tensor]:
         InputError: they are not finite.
     """
     model = window.model
-    inputs = _inputs(model, 1, model.clip_length, model.image_size)
+    inputs = example_inputs(model, 1, model.clip_length, model.image_size)
     with torch.no_grad():
         expected = window(*inputs)
     if not expected.isfinite().all():

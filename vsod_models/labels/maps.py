@@ -14,7 +14,8 @@ from skimage.filters import threshold_otsu
 
 from ..data.records import Record, grey, read_as_stored
 from ..errors import InputError
-from ..prior.flow import FlowMagnitude, frame_prior, naming, neighbour
+from ..prior.flow import FlowMagnitude, frame_prior, naming
+from ..prior.motion import neighbour
 
 
 def spectral_residual(image: np.ndarray, side: int = 64) -> np.ndarray:

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..data.records import Record, Records
 from ..files import inside, write_png
-from .flow import PriorSource, frame_prior, naming, neighbour
+from .flow import PriorSource, frame_prior, naming
+from .motion import neighbour
 
 
 def default_cache() -> Path:

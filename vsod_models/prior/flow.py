@@ -144,11 +144,6 @@ def frame_prior(source: PriorSource, frame: np.ndarray, neighbour: np.ndarray) -
     return cv2.resize(small, frame.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0, 1)
 
 
-def neighbour(index: int, count: int) -> int:
-    """Index of the frame, out of `count`, that the flow of frame `index` leads to."""
-    return index + 1 if index + 1 < count else max(0, index - 1)
-
-
 @contextlib.contextmanager
 def naming(record: Record, other: Record) -> Iterator[None]:
     """Prefixes the message of an InputError with the two frames."""

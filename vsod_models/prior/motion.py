@@ -1,4 +1,7 @@
-"""What moves beside the camera: an input of MSSA, made from neighbouring frames."""
+"""What moves beside the camera: an input of MSSA, made from neighbouring frames.
+
+Needs numpy and OpenCV and nothing of this package, so that a copy serves where there is no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from ..networks.contract import MOTION_CHANNELS, MOTION_STRIDE
-from .flow import neighbour
-
+CHANNELS, STRIDE = 4, 4  # of the maps: MOTION_CHANNELS and MOTION_STRIDE of networks.contract
 LEAST_SIDE = 32  # of what this preset of DIS can take: eight pixels, a quarter of the size
 ROUNDS = 6  # of reweighting
 SLOWEST = 0.75  # pixels: what moves less than this looks slow, however still the rest is
+
+
+def neighbour(index: int, count: int) -> int:
+    """Index of the frame, out of `count`, that the flow of frame `index` leads to."""
+    return index + 1 if index + 1 < count else max(0, index - 1)
 
 
 def clip_motion(frames: Sequence[np.ndarray]) -> np.ndarray:
@@ -36,9 +42,9 @@ def motion(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
         frame, and log(1 + length in pixels) / 4.  All 0 for two equal frames.
     """
     height, width = frame.shape[:2]
-    size = (-(-width // MOTION_STRIDE), -(-height // MOTION_STRIDE))
+    size = (-(-width // STRIDE), -(-height // STRIDE))
     if np.array_equal(frame, other):
-        return np.zeros((MOTION_CHANNELS, *size[::-1]), np.float32)
+        return np.zeros((CHANNELS, *size[::-1]), np.float32)
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in (frame, other)]
     if min(height, width) < LEAST_SIDE:
         more = (0, max(0, LEAST_SIDE - height), 0, max(0, LEAST_SIDE - width))
