@@ -16,27 +16,31 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 cv2 = pytest.importorskip("cv2")
 pytest.importorskip("typer")
 pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
 
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter  # noqa: E402
 from checks import exact_float32  # noqa: E402
-from clips import decode, make_video, picture, sound_packets  # noqa: E402
+from clips import decode, make_video, picture, sound_packets, turn  # noqa: E402
 
 from vsod_models import cli, zoo  # noqa: E402
 from vsod_models.cli.predict import parse_colour, parse_size  # noqa: E402
 from vsod_models.data import open_dataset  # noqa: E402
 from vsod_models.errors import InputError  # noqa: E402
+from vsod_models.media.planes import planes_of  # noqa: E402
 from vsod_models.media.reading import open_source  # noqa: E402
-from vsod_models.media.views import TINT, VIEWS  # noqa: E402
+from vsod_models.media.views import TINT, VIEWS, overlay_on  # noqa: E402
+from vsod_models.media.writing import Video  # noqa: E402
 from vsod_models.networks.contract import SaliencyModel  # noqa: E402
 from vsod_models.networks.inference import bfloat16_pays, for_inference  # noqa: E402
 from vsod_models.networks.mssa import MSSA  # noqa: E402
 from vsod_models.prediction import (  # noqa: E402
     VideoPredictor,
     fitted,
+    outputs,
     predict_dataset,
     predict_file,
 )
@@ -279,6 +283,73 @@ def test_the_contour_is_where_it_would_be_drawn_pixel_by_pixel():
     # The softened edge of the line alone differs.
     changed = np.abs(made - expected).max(2) > np.abs(np.array(TINT) - frame).max() / 2
     assert changed.mean() < 0.001
+
+
+@pytest.mark.parametrize("size", [(480, 270), (1280, 720), (98, 66)])
+def test_an_overlay_on_planes_is_what_the_way_through_rgb_gives(size):
+    width, height = size
+    colours = Colorspace.ITU709 if height >= 720 else Colorspace.SMPTE170M
+    y, x = np.mgrid[:height, :width]
+    slope = np.stack([x * 200 / width, y * 200 / height, np.full_like(x, 90)], -1).astype(np.uint8)
+    to = dict(format="yuv420p", dst_colorspace=colours, dst_color_range=ColorRange.MPEG)
+    convert = VideoReformatter()
+    decoded = convert.reformat(av.VideoFrame.from_ndarray(slope, format="rgb24"), **to)
+    before = decoded.to_ndarray()
+    saliency = np.zeros((height, width), np.float32)
+    cv2.ellipse(saliency, (width // 3, height // 2), (width // 5, height // 4), 20, 0, 360, 1, -1)
+    saliency[-9:, -7:] = 0.8  # a corner, to which the line is cut
+    saliency = cv2.GaussianBlur(saliency, (0, 0), height / 90)
+
+    planes = planes_of(decoded, colours)
+    overlay_on(planes, saliency)
+    made = planes.frame.to_ndarray().astype(int)
+    picture = convert.reformat(decoded, format="rgb24").to_ndarray()
+    shown = VIEWS["overlay"](picture, saliency, (0, 0, 0))
+    shown = av.VideoFrame.from_ndarray(shown, format="rgb24")
+    expected = convert.reformat(shown, **to).to_ndarray().astype(int)
+    error = np.abs(made - expected)
+    assert error[:height].max() <= 4, "brightness: rounded once, not three times"
+    # swscale mixes the colours of neighbouring rows where it halves them: at the line's edges.
+    assert error[height:].mean() < 0.5 and (error[height:] > 4).mean() < 0.02
+    assert np.abs(made - before).mean() > 2 and (decoded.to_ndarray() == before).all()
+    overlay_on(planes, np.zeros_like(saliency))
+    assert (planes.frame.to_ndarray() == made).all()
+
+
+def test_planes_are_those_of_frames_that_are_coded_as_they_are():
+    def frame(width=64, height=48, form="yuv420p", space=1, range=1):
+        made = av.VideoFrame(width, height, form)
+        made.colorspace, made.color_range = space, range
+        return made
+
+    assert planes_of(frame(), Colorspace.ITU709).size == (64, 48)
+    assert planes_of(frame(space=2, range=0), Colorspace.SMPTE170M) is not None
+    assert planes_of(None, Colorspace.ITU709) is None
+    for other in (
+        frame(width=63), frame(height=47), frame(form="yuv444p"), frame(form="yuv420p10le"),
+        frame(space=2), frame(space=9), frame(range=2),
+    ):  # fmt: skip
+        assert planes_of(other, Colorspace.ITU709) is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_overlay_is_coded_from_the_planes_of_upright_frames(tmp_path, monkeypatch, turned):
+    path = make_video(tmp_path / "in.mp4", frames=6)
+    if turned:
+        turn(path, 0, 1, -1, 0)
+    predictor = VideoPredictor(Windowed(), "cpu")
+    source = open_source(path)
+    drawn = []
+    monkeypatch.setattr(outputs, "overlay_on", lambda *on: drawn.append(on) or overlay_on(*on))
+    predict_file(predictor, source, tmp_path / "planes.mp4")
+    assert len(drawn) == (0 if turned else 6)
+    monkeypatch.setattr(Video, "planes", lambda self, frame: None)
+    predict_file(predictor, source, tmp_path / "pictures.mp4")
+    (made, times), (expected, wanted) = (
+        decode(tmp_path / f"{n}.mp4") for n in ("planes", "pictures")
+    )
+    assert times == wanted and made[0].shape == ((64, 48, 3) if turned else (48, 64, 3))
+    assert np.abs(np.array(made, int) - np.array(expected, int)).mean() < 2
 
 
 def test_results_have_the_size_and_time_of_their_frames(tmp_path):

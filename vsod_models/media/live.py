@@ -144,7 +144,11 @@ class Live:
             pts = last + step if decoded.pts is None else decoded.pts - (shift or 0)
             last = pts = max(pts, last + 1)
             self._arrived[index] = time.monotonic()
-            yield Frame(picture, index, f"{index:05d}", pts, self.time_base, decoded.duration or 0)
+            same = (decoded.width, decoded.height) == size
+            yield Frame(
+                picture, index, f"{index:05d}", pts, self.time_base, decoded.duration or 0,
+                decoded=decoded if same else None,
+            )  # fmt: skip
             index += 1
         if not index:
             raise InputError(f"{self.name}: no frame came from it")

@@ -41,6 +41,7 @@ class Frame:
     time_base: Fraction
     duration: int = 0
     prior: np.ndarray | None = None  # (H, W) in [0, 1]: its motion prior, where that is known
+    decoded: Any = None  # the same picture as FFmpeg's frame, where that is upright
 
     @property
     def time(self) -> float:
@@ -187,9 +188,11 @@ class VideoFile:
                         continue
                     last = pts = max(pts, last + 1)
                     stored = convert.reformat(decoded, format="rgb24", threads=1).to_ndarray()
-                    picture = upright(stored, _display_matrix(decoded))
-                    name = f"{index:05d}"
-                    frame = Frame(picture, index, name, pts, self.time_base, decoded.duration or 0)
+                    matrix = _display_matrix(decoded)
+                    frame = Frame(
+                        upright(stored, matrix), index, f"{index:05d}", pts, self.time_base,
+                        decoded.duration or 0, decoded=decoded if matrix is None else None,
+                    )  # fmt: skip
                     yield frame
                     index += 1
                     place = f"after frame {index} ({frame.time:.2f} s)"

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from ..errors import InputError
+from .planes import Planes
 from .reading import PathLike
 
 
@@ -23,16 +24,50 @@ def mask(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> 
 def overlay(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:
     """(H, W, 3): the frame, tinted by half where it is salient, with the contour at 0.5."""
     made = frame.copy()
-    seen = (saliency > 1 / 512).view(np.uint8)  # below that, a tint by half changes no grey level
-    x, y, wide, high = cv2.boundingRect(seen)
+    x, y, wide, high = _seen(saliency)
     part = np.s_[y : y + high, x : x + wide]
     if wide:
         made[part] = _over(frame[part], TINT, 1 - saliency[part] / 2)
-    contours, _ = cv2.findContours(
-        (saliency >= 0.5).view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
+    width = _contour_width(frame.shape)
+    return cv2.drawContours(made, _contours(saliency), -1, TINT, width, cv2.LINE_AA)
+
+
+def overlay_on(planes: Planes, saliency: np.ndarray) -> None:
+    """Draws the overlay on the planes of a frame, of even sides."""
+    x, y, wide, high = _seen(saliency)
+    if not wide:
+        return
+    width = _contour_width(saliency.shape)
+    left, top = (max(0, n - width - 2) // 2 for n in (x, y))  # with what the line needs, in pairs
+    right, bottom = (
+        min(n + width + 3, most) // 2
+        for n, most in zip((x + wide, y + high), saliency.shape[::-1], strict=True)
     )
-    width = max(1, round(min(frame.shape[:2]) / 240))
-    return cv2.drawContours(made, contours, -1, TINT, width, cv2.LINE_AA)
+    part = saliency[2 * top : 2 * bottom, 2 * left : 2 * right]
+    line = np.zeros(part.shape, np.uint8)
+    cv2.drawContours(line, _contours(part), -1, 255, width, cv2.LINE_AA)
+    share = cv2.multiply(1 - part / 2, cv2.bitwise_not(line), scale=1 / 255, dtype=cv2.CV_32F)
+    shares = [share] + [
+        cv2.resize(share, (right - left, bottom - top), None, 0, 0, cv2.INTER_AREA)
+    ] * 2
+    for plane, level, kept in zip(planes.arrays, planes.colour(TINT), shares, strict=True):
+        size = plane.shape[0] // (saliency.shape[0] // 2)  # 2 of the brightness, 1 of the colours
+        box = plane[size * top : size * bottom, size * left : size * right]
+        box[:] = cv2.blendLinear(box, np.full_like(box, level), kept, 1 - kept)
+
+
+def _seen(saliency: np.ndarray) -> Sequence[int]:
+    """x, y, width and height of what is seen of a tint by half: less changes no grey level."""
+    return cv2.boundingRect((saliency > 1 / 512).view(np.uint8))
+
+
+def _contours(saliency: np.ndarray) -> Sequence[np.ndarray]:
+    inside = (saliency >= 0.5).view(np.uint8)
+    return cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[0]
+
+
+def _contour_width(shape: Sequence[int]) -> int:
+    return max(1, round(min(shape[:2]) / 240))
 
 
 def matte(frame: np.ndarray, saliency: np.ndarray, background: Sequence[int]) -> np.ndarray:

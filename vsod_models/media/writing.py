@@ -18,6 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from ..errors import InputError
 from ..files import inside, temporary_prefix, whole_file, whole_folder
+from .planes import Planes, planes_of
 from .reading import Frame, PathLike, Pictures, Source, open_container
 from .sound import Sound
 
@@ -205,6 +206,11 @@ def _to_av(picture: np.ndarray) -> Any:
     return av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(picture), format=form)
 
 
+def _colours(height: int) -> Colorspace:
+    """What players assume of an untagged file, and said as well."""
+    return Colorspace.ITU709 if height >= 720 else Colorspace.SMPTE170M
+
+
 class Video:
     """MP4, MPEG-TS or MOV (H.264; ProRes 4444 for RGBA in MOV), WebM (VP9); the source's sound.
 
@@ -230,10 +236,8 @@ class Video:
         self.size: tuple[int, int] | None = None
         self.notes: list[str] = []
 
-    def _start(self, picture: np.ndarray, frame: Frame) -> None:
-        height, width = picture.shape[:2]
-        self.size = (width, height)
-        alpha = picture.ndim == 3 and picture.shape[2] == 4
+    def _start(self, size: tuple[int, int], alpha: bool, frame: Frame) -> None:
+        self.size = width, height = size
         if self.ending == ".webm":
             codec, pixels = "libvpx-vp9", "yuva420p" if alpha else "yuv420p"
             options = {"crf": "24", "b": "0", "row-mt": "1", "cpu-used": "4"}
@@ -261,9 +265,7 @@ class Video:
         context.time_base = frame.time_base
         context.flags |= av.codec.context.Flags.frame_duration
         context.sample_aspect_ratio = self.source.pixel_aspect
-        # What players assume of an untagged file, and said as well.
-        self.colours = Colorspace.ITU709 if height >= 720 else Colorspace.SMPTE170M
-        context.colorspace = self.colours
+        context.colorspace = _colours(height)
         context.color_range = ColorRange.MPEG
         self.stream = stream
         self._start_sound()
@@ -278,23 +280,39 @@ class Video:
 
     def write(self, picture: np.ndarray, frame: Frame) -> None:
         with _writing(self.output):
-            if self.stream is None:
-                self._start(picture, frame)
-            size = (picture.shape[1], picture.shape[0])
-            if size != self.size:
-                raise InputError(_other_size(f"frame {frame.name}", size, self.size or size))
+            alpha = picture.ndim == 3 and picture.shape[2] == 4
+            self._check_size((picture.shape[1], picture.shape[0]), alpha, frame)
             made = self.convert.reformat(
                 _to_av(picture),
                 format=self.stream.pix_fmt,
-                dst_colorspace=self.colours,
+                dst_colorspace=_colours(picture.shape[0]),
                 dst_color_range=ColorRange.MPEG,
                 threads=1,
             )
-            made.pts, made.time_base, made.duration = frame.pts, frame.time_base, frame.duration
-            if self.sound is not None:
-                self.sound.copy(frame.time)
-            self.container.mux(self.stream.encode(made))
-            self.last = frame
+            self._encode(made, frame)
+
+    def planes(self, frame: Frame) -> Planes | None:
+        """A copy of the frame as it would be coded, to be drawn on; None: it is coded otherwise."""
+        return planes_of(frame.decoded, _colours(frame.picture.shape[0]))
+
+    def write_planes(self, planes: Planes, frame: Frame) -> None:
+        """Writes what `planes` gave, without the way through RGB that a picture takes."""
+        with _writing(self.output):
+            self._check_size(planes.size, False, frame)
+            self._encode(planes.frame, frame)
+
+    def _check_size(self, size: tuple[int, int], alpha: bool, frame: Frame) -> None:
+        if self.stream is None:
+            self._start(size, alpha, frame)
+        if size != self.size:
+            raise InputError(_other_size(f"frame {frame.name}", size, self.size or size))
+
+    def _encode(self, made: Any, frame: Frame) -> None:
+        made.pts, made.time_base, made.duration = frame.pts, frame.time_base, frame.duration
+        if self.sound is not None:
+            self.sound.copy(frame.time)
+        self.container.mux(self.stream.encode(made))
+        self.last = frame
 
     def append(self, path: Path) -> None:
         """The pictures of a file that such a writer wrote, as they are coded."""

@@ -14,9 +14,9 @@ from ..errors import InputError
 from ..files import inside, locked
 from ..media.live import Live
 from ..media.reading import Frame, PathLike, Source, ahead
-from ..media.views import VIEWS, check_view
+from ..media.views import VIEWS, check_view, overlay_on
 from ..media.window import Window
-from ..media.writing import Png, Writer, open_writer
+from ..media.writing import Png, Video, Writer, open_writer
 from ..workers import ctrl_c_later
 from .predictor import VideoPredictor
 
@@ -54,7 +54,7 @@ def predict_file(
     Ctrl-C, or closing the window, ends the output with the frames that are done
     (KeyboardInterrupt if there are none); any other failure leaves nothing there.
     """
-    show = VIEWS[check_view(view, output)]
+    view = check_view(view, output)
     done, stopped = 0, False
     opened: contextlib.AbstractContextManager[Writer | None] = contextlib.nullcontext()
     if output is not None:
@@ -75,9 +75,17 @@ def predict_file(
                     continue
                 if only is not None and result.index >= only.stop:
                     break
-                picture = show(result.frame, result.saliency, background)
+                planes = None
+                if view == "overlay" and window is None and isinstance(writer, Video):
+                    planes = writer.planes(result.source)
+                if planes is not None:
+                    overlay_on(planes, result.saliency)
+                else:
+                    picture = VIEWS[view](result.frame, result.saliency, background)
                 with ctrl_c_later():  # no frame is half-encoded
-                    if writer is not None:
+                    if planes is not None and isinstance(writer, Video):
+                        writer.write_planes(planes, result.source)
+                    elif writer is not None:
                         writer.write(picture, result.source)
                     done += 1
                 if window is not None:
