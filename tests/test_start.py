@@ -32,10 +32,36 @@ def test_the_compiler_is_not_imported_and_works_afterwards():
     assert done.returncode == 0, done.stderr
 
 
+LOADED = """
+import sys
+from vsod_models.cli import start
+thread = start.load_torch()
+thread.join()
+with open("/proc/self/maps") as maps:
+    assert "libtorch_cpu.so" in maps.read()
+assert "torch" not in sys.modules
+import torch
+assert torch.ones(2).sum() == 2
+from vsod_models.cli import main
+try:
+    main(["predict", "none.mp4", "-o", "masks.mp4"])
+except SystemExit as done:
+    assert done.code == 2
+assert "vsod_models.prediction" not in sys.modules, "imported before the input is looked at"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="loads it on Linux alone")
+def test_torch_finds_its_library_loaded_and_bad_input_is_told_before_it():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_memory_is_kept_in_a_process_of_the_command_alone(monkeypatch):
     """Who calls `main` from Python keeps the C library's settings."""
     kept = []
     monkeypatch.setattr("vsod_models.cli.start.keep_memory", lambda: kept.append(1))
+    monkeypatch.setattr("vsod_models.cli.start.load_torch", lambda: None)
     arguments = ["predict", "none.mp4", "-o", "masks.mp4"]
     monkeypatch.setattr(sys, "argv", ["vsod", *arguments])
     for given, times in ((arguments, 0), (None, 1)):

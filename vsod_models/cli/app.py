@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if argv is None and arguments[:1] == ["predict"]:  # the process is the command's own
         start.keep_memory()
+        start.load_torch()
     if threading.current_thread() is threading.main_thread():
         # Whatever waits for the end of a frame on Ctrl-C then does so here.
         signal.signal(signal.SIGTERM, interrupt)

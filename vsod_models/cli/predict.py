@@ -7,6 +7,7 @@ import functools
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -105,8 +106,7 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write what is salient in a video: masks, an overlay, a matte or a cut-out."""
-    with without_collection():
-        from .. import prediction
+    # What needs no torch comes first: its library is being loaded, and bad input is soon told.
     from ..media.live import Live, is_live
     from ..media.reading import open_source
     from ..media.views import check_view
@@ -133,11 +133,14 @@ def predict(
             raise InputError(f"{live[0]}: goes on while it is read, and is the only input then")
         if drop and not live:
             raise InputError("--drop goes with camera:0, rtsp://... or -, which do not wait")
+        if live:
+            _prediction()  # what does not wait is opened when all is there
         source = Live(live[0], drop) if live else open_source(inputs or [], rate)
         view = check_view(view, output)
         if output is not None:
             check_output(output, source, overwrite)  # before the model is loaded
     colour = parse_colour(background)
+    prediction = _prediction()
     with contextlib.ExitStack() as stack:
         if output == STANDARD_OUTPUT:  # where nothing but the video goes
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -175,6 +178,12 @@ def predict(
             )
         sequences = counted(len(records.sequences), "sequence")
         print(f"{output}: {counted(frames, 'frame')} of {sequences}, {view}")
+
+
+def _prediction() -> ModuleType:
+    with without_collection():
+        from .. import prediction
+    return prediction
 
 
 def _predict_file(
