@@ -73,7 +73,7 @@ name=$3
 out=${@: -1}
 mkdir -p "$out"
 [ "$name" = msst ] && { echo "WRONG"; exit 1; }
-[ "$name" = mssa ] && sleep 30
+[ "$name" = mssa ] && exec sleep 30  # one process: it takes the signal at any time
 echo "{}" >"$out/$name.json"
 echo >"$out/$name.csv"
 """
