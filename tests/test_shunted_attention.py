@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -157,6 +158,7 @@ def test_compile_forward_and_backward_without_graph_breaks(dynamic):
                 torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_compile_with_inductor():
     torch._dynamo.reset()
     q, keys, values = small(requires_grad=True)
