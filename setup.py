@@ -246,6 +246,7 @@ class BuildExtensions(build_ext):
         for op in CPU_OPS:
             objects.append(ninja.compile(csrc / op / "cpu.cpp", op, compiler, flags))
             kernels[op] = csrc / op / "cpu_kernel.cpp"
+        kernels["shunted_attention_linear"] = csrc / "shunted_attention/cpu_linear_kernel.cpp"
         for op in ON_HOST:
             source = csrc / op / "cuda_on_host.cpp"
             objects.append(ninja.compile(source, f"{op}_cuda_on_host", compiler, flags))

@@ -84,6 +84,11 @@ def is_eager() -> bool:
     )
 
 
+def is_watched() -> bool:
+    """Whether a mode sees every op: a counter of FLOPs, a profiler, fake tensors."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def asked_for(ctx) -> list[bool]:
     """For each tensor that went into a torch.autograd.Function, whether its gradient is needed.
 

@@ -14,10 +14,12 @@
 #include "../common/parallel.h"
 #include "../common/schemas.h"
 #include "../common/tensors.h"
+#include "cpu_layer.h"
 
 namespace vsod {
 
 VSOD_LEVEL_TABLES(const shunted_attention::Kernel*, shunted_attention_kernels)
+VSOD_LEVEL_TABLES(const shunted_attention::Linear*, linear_kernels)
 
 namespace shunted_attention {
 namespace {
@@ -67,8 +69,8 @@ std::vector<Group> make_groups(const Tensors& keys, const Tensors& values) {
   return groups;
 }
 
-void longest_first(std::vector<Group>& groups) {
-  std::stable_sort(groups.begin(), groups.end(),
+void longest_first(const Problem& p) {
+  std::stable_sort(p.groups, p.groups + p.group_count,
                    [](const Group& a, const Group& b) { return a.length > b.length; });
 }
 
@@ -82,29 +84,35 @@ Problem problem_of(const Tensor& q, const Tensor& out, const Tensor& lse, double
   return p;
 }
 
+void run_forward(const Allocator& allocate, const Kernel& kernel, const Problem& p,
+                 ScalarType wide) {
+  // One allocation for all groups: each costs as much as a small call's arithmetic.
+  int64_t numbers = 0;
+  const auto packed_of = [&](const Group& group) {
+    return p.batch * group.heads * kernel.packed_elements(group.length, p.head_dim);
+  };
+  Group* const end = p.groups + p.group_count;
+  for (Group* group = p.groups; group != end; ++group) numbers += packed_of(*group);
+  const Tensor packed = allocate.empty({numbers}, wide);
+  char* at = static_cast<char*>(packed.data_ptr());
+  for (Group* group = p.groups; group != end; ++group) {
+    group->packed = at;
+    at += packed_of(*group) * packed.element_size();
+  }
+  longest_first(p);
+  check_memory(kOp, kernel.forward(p, on_each_thread));
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, Tensors keys, Tensors values, double scale) {
   check(q, keys, values);
   const Kernel& kernel = *shunted_attention_kernels(dtype_of(q));
   const Allocator allocate(kOp, q);
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), head_dim = q.size(3);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
   Tensor out = allocate.empty_like(q);
   Tensor lse = allocate.empty({batch, heads, queries}, compute_type(q));
   if (q.numel() == 0) return {out, lse};
   std::vector<Group> groups = make_groups(keys, values);
-  // One allocation for all groups: each costs as much as a small call's arithmetic.
-  int64_t numbers = 0;
-  const auto packed_of = [&](const Group& group) {
-    return batch * group.heads * kernel.packed_elements(group.length, head_dim);
-  };
-  for (const Group& group : groups) numbers += packed_of(group);
-  const Tensor packed = allocate.empty({numbers}, compute_type(q));
-  char* at = static_cast<char*>(packed.data_ptr());
-  for (Group& group : groups) {
-    group.packed = at;
-    at += packed_of(group) * packed.element_size();
-  }
-  longest_first(groups);
-  check_memory(kOp, kernel.forward(problem_of(q, out, lse, scale, groups), on_each_thread));
+  run_forward(allocate, kernel, problem_of(q, out, lse, scale, groups), compute_type(q));
   return {out, lse};
 }
 
@@ -139,9 +147,8 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
     if (need_values[g]) groups[g].dv = operand(dvalues[g]);
   }
   if (q.numel() == 0) return {dq, dkeys, dvalues};
-  longest_first(groups);
-
   Problem problem = problem_of(q, out, lse, scale, groups);
+  longest_first(problem);
   problem.grad_out = operand(grad_out);
   const int64_t rows = batch * heads * queries;
   const int64_t sums = need_q ? batch * heads * kernel.dq_sum_elements(queries, head_dim) : 0;
@@ -163,13 +170,13 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensor& grad_out, const Tens
 
 // A call that names no backend: as op.py does for the others, with a default scale.
 
-double factor(const Tensor& q, std::optional<double> scale) {
-  return scale ? *scale : std::pow(double(q.size(3)), -0.5);
+double factor(int64_t head_dim, std::optional<double> scale) {
+  return scale ? *scale : std::pow(double(head_dim), -0.5);
 }
 
 std::tuple<Tensor, Tensor> forward_unnamed(const Tensor& q, Tensors keys, Tensors values,
                                            std::optional<double> scale) {
-  return forward(q, keys, values, factor(q, scale));
+  return forward(q, keys, values, factor(q.size(3), scale));
 }
 
 std::tuple<Tensor, Tensors, Tensors> backward_unnamed(const Tensor& grad_out, const Tensor& q,
@@ -178,8 +185,98 @@ std::tuple<Tensor, Tensors, Tensors> backward_unnamed(const Tensor& grad_out, co
                                                       std::optional<double> scale, bool need_q,
                                                       std::vector<bool> need_keys,
                                                       std::vector<bool> need_values) {
-  return backward(grad_out, q, keys, values, out, as_contiguous(lse), factor(q, scale), need_q,
-                  need_keys, need_values);
+  return backward(grad_out, q, keys, values, out, as_contiguous(lse), factor(q.size(3), scale),
+                  need_q, need_keys, need_values);
+}
+
+bool reduces(const int64_t* rate) { return rate[0] != 1 || rate[1] != 1 || rate[2] != 1; }
+
+void check_layer(const Tensor& x, const Tensors& projections, const Tensors& reductions,
+                 int64_t heads, const std::vector<int64_t>& rates) {
+  const Check check(kOp, Device::kCpu);
+  check.first("x", x, 5);
+  check.fits("x", x, x, ScalarType::Float, sizes_of(x), Stride::kAny);
+  const size_t groups = rates.size() / 3;
+  const int64_t channels = x.size(4), group_count = int64_t(groups);
+  STD_TORCH_CHECK(
+      groups >= 1 && heads >= 1 && heads % group_count == 0 && channels >= 1 &&
+          channels % heads == 0 && channels % 16 == 0 && channels / heads <= kMostHeadDim,
+      kOp, ": ", channels, " channels do not fit ", heads, " heads in ", groups, " groups");
+  size_t reduced = 0;
+  for (const int64_t rate : rates)
+    STD_TORCH_CHECK(rate >= 1, kOp, ": rates must be at least 1, got ", rate);
+  for (size_t g = 0; g < groups; ++g) reduced += reduces(&rates[3 * g]);
+  const auto check_count = [](const char* name, const Tensors& tensors, size_t count) {
+    STD_TORCH_CHECK(tensors.size() == count, kOp, ": got ", tensors.size(), " ", name, ", not ",
+                    count);
+  };
+  check_count("projections", projections, 4 + 2 * groups);
+  check_count("reductions", reductions, 2 * reduced);
+  const auto check_linear = [&](const std::string& name, const Tensor* weight, const Sizes& sizes) {
+    check.fits(name + ".weight", weight[0], x, ScalarType::Float, sizes, Stride::kContiguous);
+    check.fits(name + ".bias", weight[1], x, ScalarType::Float, {sizes[0]}, Stride::kContiguous);
+  };
+  check_linear("query", &projections[0], {channels, channels});
+  for (size_t g = 0; g < groups; ++g)
+    check_linear("key_value", &projections[2 + 2 * g], {2 * channels / group_count, channels});
+  check_linear("out", &projections[2 + 2 * groups], {channels, channels});
+  const Tensor* reduction = reductions.data();
+  for (size_t g = 0; g < groups; ++g)
+    if (const int64_t* rate = &rates[3 * g]; reduces(rate)) {
+      check_linear("reduce", reduction, {channels, channels, rate[0], rate[1], rate[2]});
+      reduction += 2;
+    }
+}
+
+// The layer ShuntedAttention with padding="ceil", in float32 and without gradients.  x (B, T, H, W,
+// C).  A weight and a bias for each: projections are the query, the keys and values of each group,
+// the output; reductions, of the groups whose rate is not 1.  rates: (time, height, width) a group.
+Tensor layer(const Tensor& tokens, Tensors projections, Tensors reductions, int64_t heads,
+             std::vector<int64_t> rates) {
+  check_layer(tokens, projections, reductions, heads, rates);
+  const Tensor x = as_contiguous(tokens);
+  const Allocator allocate(kOp, x);
+  if (x.numel() == 0) return allocate.empty_like(x);
+  const int64_t batch = x.size(0), queries = x.size(1) * x.size(2) * x.size(3);
+  const int64_t channels = x.size(4), groups = int64_t(rates.size()) / 3;
+  const int64_t head_dim = channels / heads, group_heads = heads / groups;
+
+  const Projections project(kOp, *linear_kernels(kFloat32), allocate);
+  const Tensor q = project.linear(x, projections[0], projections[1]);
+  Tensors keys_values;  // (B, T', H', W', keys of the group, then its values)
+  const Tensor* reduction = reductions.data();
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t* rate = &rates[3 * g];
+    Tensor in = x;
+    if (reduces(rate)) {
+      in = project.reduce(x, rate, reduction[0], reduction[1]);
+      reduction += 2;
+    }
+    keys_values.push_back(project.linear(in, projections[2 + 2 * g], projections[3 + 2 * g]));
+  }
+
+  const auto heads_of = [&](const Tensor& rows, int64_t length, int64_t first) {
+    const int64_t width = rows.size(4);
+    return Operand{static_cast<float*>(rows.data_ptr()) + first,
+                   {length * width, head_dim, width, 1}};
+  };
+  const Tensor attended = allocate.empty(sizes_of(x), ScalarType::Float);
+  const Tensor lse = allocate.empty({batch, heads, queries}, ScalarType::Float);
+  std::vector<Group> of(groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Tensor& rows = keys_values[g];
+    const int64_t length = rows.size(1) * rows.size(2) * rows.size(3);
+    of[g].first_head = g * group_heads, of[g].heads = group_heads, of[g].length = length;
+    of[g].k = heads_of(rows, length, 0), of[g].v = heads_of(rows, length, rows.size(4) / 2);
+  }
+  Problem p{};
+  p.batch = batch, p.heads = heads, p.queries = queries, p.head_dim = head_dim;
+  p.scale = factor(head_dim, std::nullopt);
+  p.group_count = groups, p.groups = of.data();
+  p.q = heads_of(q, queries, 0), p.out = heads_of(attended, queries, 0);
+  p.lse = lse.data_ptr();
+  run_forward(allocate, *shunted_attention_kernels(kFloat32), p, ScalarType::Float);
+  return project.linear(attended, projections[2 + 2 * groups], projections[3 + 2 * groups]);
 }
 
 }  // namespace
@@ -193,6 +290,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vsod_ops, m) {
 STABLE_TORCH_LIBRARY_IMPL(vsod_ops, CPU, m) {
   m.impl("shunted_attention_cpu", TORCH_BOX(&forward));
   m.impl("shunted_attention_backward_cpu", TORCH_BOX(&backward));
+  m.impl("shunted_attention_layer_cpu", TORCH_BOX(&layer));
   if (!level_is_known()) return;
   m.impl("shunted_attention.unnamed", TORCH_BOX(&forward_unnamed));
   m.impl("shunted_attention_backward.unnamed", TORCH_BOX(&backward_unnamed));

@@ -75,33 +75,52 @@ constexpr int kBlockKeys = 448 / (kTileRows * kTileColumns<Op>)*(kTileRows * kTi
 
 // ------------------------------------------------------------------ register tile
 
-// sum[i][0..1] = A[i, :] @ B for kTileRows rows and one pair of vectors of columns:
+// sum[i][0..1] = A[i, :] @ B for kRows rows and kVectors vectors of columns:
 // A[i, k] = a[i * kRowStep + k * kDepthStep], B[k, :] = b[k * b_stride ...].
-// Then finish(i, sum[i][0], sum[i][1]) for each row.
-template <class Op, int kRowStep, int kStep, class Finish>
+// Then finish(i, sum[i][0], sum[i][1]) for each row; what is not computed is zero.
+template <class Op, int kRows, int kVectors, int kRowStep, int kStep, class Finish>
 VSOD_INLINE void tile_product(const typename Op::Element* a, const typename Op::Element* b,
                               int64_t b_stride, int64_t depth, Finish finish) {
   using Number = typename Op::Number;
   using Element = typename Op::Element;
   constexpr int kN = kLanes<Number>;
-  Vec<Number> sum[kTileRows][2] = {};
+  Vec<Number> sum[kRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const Vec<Element> b0 = load(b), b1 = load(b + kN);
+    Vec<Element> y[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) y[v] = load(b + v * kN);
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const Vec<Element> x = broadcast(a[i * kRowStep]);
-      sum[i][0] = Op::multiply_add(sum[i][0], x, b0);
-      sum[i][1] = Op::multiply_add(sum[i][1], x, b1);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = Op::multiply_add(sum[i][v], x, y[v]);
     }
     a += kStep;
     b += b_stride;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) finish(i, sum[i][0], sum[i][1]);
+  for (int i = 0; i < kRows; ++i) finish(i, sum[i][0], sum[i][1]);
 }
 
-// C[rows, columns] (+)= A @ B over whole register tiles.  scale_row: C is multiplied by
-// row_scale[i] first; kFirst: C is not read.
+// The same for a tile of which `rows` and `columns` are wanted: all of it, or halves.
+template <class Op, int kRowStep, int kStep, class Finish>
+VSOD_INLINE void tile_product(int64_t rows, int64_t columns, const typename Op::Element* a,
+                              const typename Op::Element* b, int64_t b_stride, int64_t depth,
+                              Finish finish) {
+  constexpr int kHalf = kTileRows / 2;
+  if (columns > kLanes<typename Op::Number>) {
+    if (rows > kHalf)
+      tile_product<Op, kTileRows, 2, kRowStep, kStep>(a, b, b_stride, depth, finish);
+    else tile_product<Op, kHalf, 2, kRowStep, kStep>(a, b, b_stride, depth, finish);
+  } else if (rows > kHalf) {
+    tile_product<Op, kTileRows, 1, kRowStep, kStep>(a, b, b_stride, depth, finish);
+  } else {
+    tile_product<Op, kHalf, 1, kRowStep, kStep>(a, b, b_stride, depth, finish);
+  }
+}
+
+// C[rows, columns] (+)= A @ B over register tiles.  scale_row: C is multiplied by row_scale[i]
+// first; kFirst: C is not read.
 template <class Op, int kRowStep, int kStep, bool kFirst, bool kScaleRows>
 VSOD_INLINE void accumulate(const typename Op::Element* a, int64_t a_panel_stride, int64_t rows,
                             const typename Op::Element* b, int64_t b_stride, int64_t columns,
@@ -113,7 +132,7 @@ VSOD_INLINE void accumulate(const typename Op::Element* a, int64_t a_panel_strid
     const auto* a_panel = a + i0 / kTileRows * a_panel_stride;
     for (int64_t j = 0; j < columns; j += kTileColumns<Op>) {
       Number* c_tile = c + i0 * c_stride + j;
-      tile_product<Op, kRowStep, kStep>(a_panel, b + j, b_stride, depth,
+      tile_product<Op, kRowStep, kStep>(rows - i0, columns - j, a_panel, b + j, b_stride, depth,
                                         [&](int i, Vec<Number> s0, Vec<Number> s1)
                                             __attribute__((always_inline)) {
                                               Number* row = c_tile + i * c_stride;
@@ -332,19 +351,23 @@ struct Forward {
     const int64_t stride = layout.padded_dim;
     Element* head = packed_head(group, task.b, task.h);
 
-    read_rows<Op>(head_rows<Storage>(group.k, task.b, task.h, first), keys,
-                  round_up(keys, kColumns), p.head_dim, layout.depth * Op::kDepthStep, false,
-                  at.staged, stride);
-    for (int64_t j = 0; j < keys; j += kColumns)
-      transpose_panel<kColumns>(at.staged + j * stride, stride, layout.depth,
-                                head + (first + j) * layout.depth);
+    for (int64_t j = 0; j < keys; j += kColumns) {
+      read_rows<Op>(head_rows<Storage>(group.k, task.b, task.h, first + j),
+                    smaller(kColumns, keys - j), kColumns, p.head_dim,
+                    layout.depth * Op::kDepthStep, false, at.staged, stride);
+      transpose_panel<kColumns>(at.staged, stride, layout.depth, head + (first + j) * layout.depth);
+    }
 
-    read_rows<Op>(head_rows<Storage>(group.v, task.b, task.h, first), keys,
-                  round_up(keys, Op::kDepthStep), p.head_dim, layout.padded_dim, false, at.staged,
-                  stride);
-    rows_to_depth<Op>(
-        at.staged, stride, keys, layout.padded_dim,
-        head + layout.key_elements(group.length) + first / Op::kDepthStep * layout.padded_dim);
+    const Rows<Storage> values = head_rows<Storage>(group.v, task.b, task.h, first);
+    Element* packed =
+        head + layout.key_elements(group.length) + first / Op::kDepthStep * layout.padded_dim;
+    if constexpr (kPairs) {
+      read_rows<Op>(values, keys, round_up(keys, Op::kDepthStep), p.head_dim, layout.padded_dim,
+                    false, at.staged, stride);
+      rows_to_depth<Op>(at.staged, stride, keys, layout.padded_dim, packed);
+    } else {
+      read_rows<Op>(values, keys, keys, p.head_dim, layout.padded_dim, false, packed, stride);
+    }
   }
 
   struct Places {
@@ -356,7 +379,7 @@ struct Forward {
     Places(Scratch& scratch, const Forward& run) {
       const int64_t stride = run.layout.padded_dim;
       q_panels = scratch.piece<Element>(kForwardQueries * run.layout.depth + kN);
-      staged = scratch.piece<Element>(kForwardQueries * stride);
+      staged = scratch.piece<Element>(kTileRows * stride);
       scores = scratch.piece<Number>(kForwardQueries * kScoreStride);
       probs = kPairs ? scratch.piece<Element>(kForwardQueries * kProbStride)
                      : reinterpret_cast<Element*>(scores);
@@ -384,10 +407,10 @@ struct Forward {
     const Element* packed_values = packed_keys + layout.key_elements(group.length);
     for (int64_t key = 0; key < group.length; key += kForwardKeys) {
       const int64_t keys = smaller(kForwardKeys, group.length - key);
-      score(packed_keys + key * layout.depth, keys, queries.rows, at);
+      score(packed_keys + key * layout.depth, keys, queries.count, at);
       softmax(keys, queries, at);
       add_values(key == 0, packed_values + key / Op::kDepthStep * layout.padded_dim,
-                 ceil_div(keys, Op::kDepthStep), queries.rows, at);
+                 ceil_div(keys, Op::kDepthStep), queries.count, at);
     }
     write(task.b, head, queries, at);
   }
@@ -395,11 +418,12 @@ struct Forward {
   VSOD_INLINE void read_queries(int64_t b, int64_t head, const Queries& queries,
                                 const Places& at) const {
     const int64_t stride = layout.padded_dim;
-    read_rows<Op>(head_rows<Storage>(p.q, b, head, queries.first), queries.count, queries.rows,
-                  p.head_dim, layout.depth * Op::kDepthStep, negate, at.staged, stride);
-    for (int64_t i = 0; i < queries.rows; i += kTileRows)
-      transpose_panel<kTileRows>(at.staged + i * stride, stride, layout.depth,
-                                 at.q_panels + i * layout.depth);
+    for (int64_t i = 0; i < queries.count; i += kTileRows) {
+      read_rows<Op>(head_rows<Storage>(p.q, b, head, queries.first + i),
+                    smaller(kTileRows, queries.count - i), kTileRows, p.head_dim,
+                    layout.depth * Op::kDepthStep, negate, at.staged, stride);
+      transpose_panel<kTileRows>(at.staged, stride, layout.depth, at.q_panels + i * layout.depth);
+    }
     for (int64_t i = 0; i < queries.rows; ++i) at.row_max[i] = kLowest, at.row_sum[i] = 0;
   }
 
@@ -411,7 +435,7 @@ struct Forward {
       const int valid = int(smaller(kColumns, keys - j));
       for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
         tile_product<Op, 1, kTileRows>(
-            at.q_panels + i0 * layout.depth, k_panel, kColumns, layout.depth,
+            rows - i0, valid, at.q_panels + i0 * layout.depth, k_panel, kColumns, layout.depth,
             [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
               Number* row = at.scores + (i0 + i) * kScoreStride + j;
               Number* max = at.block_max + (i0 + i) * kN;
@@ -476,10 +500,11 @@ struct Forward {
     const int64_t stride = layout.padded_dim;
     if (first)
       accumulate<Op, kProbStride, 1, true, true>(at.probs, kTileRows * kProbStride, rows, v, stride,
-                                                 stride, depth, at.sums_out, stride, at.correction);
+                                                 p.head_dim, depth, at.sums_out, stride,
+                                                 at.correction);
     else
       accumulate<Op, kProbStride, 1, false, true>(at.probs, kTileRows * kProbStride, rows, v,
-                                                  stride, stride, depth, at.sums_out, stride,
+                                                  stride, p.head_dim, depth, at.sums_out, stride,
                                                   at.correction);
   }
 
@@ -703,9 +728,10 @@ struct Backward {
   // P [rows, keys] = exp2(factor * q k^T - lse),  dS [rows, keys] = P * (dO v^T - delta)
   VSOD_INLINE void score(const Keys& keys, const Queries& queries, const Places& at) const {
     for (int64_t j = 0; j < keys.count; j += kColumns)
-      for (int64_t i0 = 0; i0 < queries.rows; i0 += kTileRows)
+      for (int64_t i0 = 0; i0 < queries.count; i0 += kTileRows)
         tile_product<Op, 1, kTileRows>(
-            at.q_panels + i0 * depth, at.k_panels + j * depth, kColumns, depth,
+            queries.count - i0, keys.count - j, at.q_panels + i0 * depth, at.k_panels + j * depth,
+            kColumns, depth,
             [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
               Number* row = at.probs + (i0 + i) * kStride + j;
               const Vec<Number> shift = broadcast(at.lse2[i0 + i]);
@@ -715,10 +741,10 @@ struct Backward {
     if (!keys.need_ds()) return;
     for (int64_t j = 0; j < keys.count; j += kColumns) {
       const int valid = int(smaller(kColumns, keys.count - j));
-      for (int64_t i0 = 0; i0 < queries.rows; i0 += kTileRows)
+      for (int64_t i0 = 0; i0 < queries.count; i0 += kTileRows)
         tile_product<Op, 1, kTileRows>(
-            at.do_panels + i0 * depth, at.v_panels + j * depth, kColumns, depth,
-            [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
+            queries.count - i0, valid, at.do_panels + i0 * depth, at.v_panels + j * depth, kColumns,
+            depth, [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
               const int64_t place = (i0 + i) * kStride + j;
               const Vec<Number> shift = broadcast(at.delta[i0 + i]);
               s0 = load(at.probs + place) * (s0 - shift);
@@ -743,14 +769,13 @@ struct Backward {
       if (keys.need_ds()) pair_up(at.dscores, queries.count, columns, at.ds_by_query, at.ds_by_key);
     }
 #endif
-    const int64_t rows = round_up(keys.count, kTileRows);
     const int64_t query_depth = ceil_div(queries.count, Op::kDepthStep);
     const bool first = queries.block == 0;
     if (keys.need_dv)
-      add_product<1, kStride>(first, at.probs_by_query, kTileRows, rows, at.do_rows, query_depth,
-                              at.dv_sum);
+      add_product<1, kStride>(first, at.probs_by_query, kTileRows, keys.count, at.do_rows,
+                              query_depth, at.dv_sum);
     if (keys.need_dk)
-      add_product<1, kStride>(first, at.ds_by_query, kTileRows, rows, at.q_rows, query_depth,
+      add_product<1, kStride>(first, at.ds_by_query, kTileRows, keys.count, at.q_rows, query_depth,
                               at.dk_sum);
   }
 
@@ -764,7 +789,7 @@ struct Backward {
                      queries.first * padded_dim;
     int32_t* turn = p.turns + (b * p.heads + keys.head) * query_blocks + queries.block;
     wait_for(turn, int32_t(key_block));
-    add_product<kKeyStride, 1>(key_block == 0, at.ds_by_key, kTileRows * kKeyStride, queries.rows,
+    add_product<kKeyStride, 1>(key_block == 0, at.ds_by_key, kTileRows * kKeyStride, queries.count,
                                at.k_rows, ceil_div(keys.count, Op::kDepthStep), dq_sum);
     __atomic_store_n(turn, int32_t(key_block) + 1, __ATOMIC_RELEASE);
     if (key_block + 1 < key_blocks(keys.group)) return;
@@ -779,11 +804,11 @@ struct Backward {
                                const Element* b, int64_t product_depth, Number* c) const {
     if (first)
       accumulate<Op, kRowStep, kStep, true, false>(a, a_panel_stride, rows, b, padded_dim,
-                                                   padded_dim, product_depth, c, padded_dim,
+                                                   p.head_dim, product_depth, c, padded_dim,
                                                    nullptr);
     else
       accumulate<Op, kRowStep, kStep, false, false>(a, a_panel_stride, rows, b, padded_dim,
-                                                    padded_dim, product_depth, c, padded_dim,
+                                                    p.head_dim, product_depth, c, padded_dim,
                                                     nullptr);
   }
 

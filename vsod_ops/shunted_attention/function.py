@@ -11,7 +11,7 @@ from ..backends import check_name
 from . import op, reference
 
 MAX_HEAD_DIM = 256
-_PLAIN = (Tensor, torch.nn.Parameter)  # not a FakeTensor or another that holds no numbers
+PLAIN = (Tensor, torch.nn.Parameter)  # not a FakeTensor or another that holds no numbers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -100,7 +100,7 @@ def _is_quick(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale
         transforms.is_eager()  # first: torch.compile looks at no more of this
         and type(keys) in (list, tuple)
         and type(values) in (list, tuple)
-        and all(type(t) in _PLAIN and t.is_cpu for t in (q, *keys, *values))
+        and all(type(t) in PLAIN and t.is_cpu for t in (q, *keys, *values))
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and schemas.has_cpu_kernels()
     )

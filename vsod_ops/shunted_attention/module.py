@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import schemas, transforms
 from . import op
-from .function import MAX_HEAD_DIM, shunted_attention
+from .function import MAX_HEAD_DIM, PLAIN, shunted_attention
 
 Reduction = int | tuple[int, int, int]
 
@@ -140,11 +141,54 @@ class ShuntedAttention(nn.Module):
         heads = channels // (count * head_dim)
         return x.reshape(b, t * h * w, count, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
+    def _is_quick(self, x: Tensor) -> bool:
+        """Whether the compiled module can run the whole layer on x, if its parts let it."""
+        return (
+            transforms.is_eager()  # first: torch.compile looks at no more of this
+            and not torch.is_grad_enabled()
+            and type(self) is ShuntedAttention
+            and self.backend in (None, "cpu")
+            and type(x) in PLAIN
+            and x.is_cpu
+            and x.dtype == torch.float32
+            and x.dim() == 5
+            and x.shape[-1] == self.dim
+            and self.dim % 16 == 0
+            and 0 < x.numel() <= FEW_TOKENS * self.dim
+            and not transforms.is_watched()
+            and schemas.has_cpu_kernels()
+        )
+
+    def _plain_linears(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Weight and bias of each projection and of each reduction, None where one is not plain."""
+        linears = [self.query, *self.key_value, self.out]
+        reductions = [m for m in self.reduce if type(m) is not nn.Identity]
+        plain = all(type(m) is nn.Linear for m in linears) and all(
+            type(m) is SpatialReduction and m.pad_to_ceil for m in reductions
+        )
+        parts = [*linears, *self.reduce]
+        if not plain or any(m._forward_hooks or m._forward_pre_hooks for m in parts):
+            return None
+        projections, convolutions = (
+            [p for m in some for p in (m.weight, m.bias)] for some in (linears, reductions)
+        )
+        plain = all(
+            type(p) in PLAIN and p.is_cpu and p.dtype == torch.float32 and p.is_contiguous()
+            for p in (*projections, *convolutions)
+        )
+        return (projections, convolutions) if plain else None
+
+    def _rates(self) -> list[int]:
+        return [r for m in self.reduce for r in getattr(m, "stride", (1, 1, 1))]
+
     def chosen_backends(self, device_type: str, dtype: torch.dtype) -> set[str]:
         """The backends that run this layer's op on tensors of such a device and dtype."""
         return {op.choose(self.backend, device_type, dtype)}
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_quick(x) and (linears := self._plain_linears()):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.layer(x, *linears, self.num_heads, self._rates())
         q, keys, values = self.project(x)
         out = cast(Tensor, shunted_attention(q, keys, values, backend=self.backend))
         return self.out(out.transpose(1, 2).reshape(x.shape))  # out lies in memory as q does

@@ -26,6 +26,7 @@ backends.register(
 _lib = schemas.library("shunted_attention")
 shunted_attention = torch.ops.vsod_ops.shunted_attention.default
 unnamed = torch.ops.vsod_ops.shunted_attention.unnamed
+layer = torch.ops.vsod_ops.shunted_attention_layer_cpu.default  # ShuntedAttention, no gradients
 _backward_op = torch.ops.vsod_ops.shunted_attention_backward.default
 _backward_unnamed = torch.ops.vsod_ops.shunted_attention_backward.unnamed
 
@@ -207,3 +208,4 @@ for _op, _kernel, _fake, _tensors, _gradient in (
         schemas.register(_lib, _name, _kernel, _fake, _vmap)
         transforms.register_autograd(_lib, _name, *_gradient)
     transforms.register_autograd(_lib, f"{_op}_cpu")
+transforms.register_autograd(_lib, "shunted_attention_layer_cpu")
