@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -56,13 +57,16 @@ def at(page, sequence, index):
     page.wait_for_selector(f'#easel[data-shown^="{sequence}/{index}/"]')
 
 
+def wait_until(page, condition):
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        page.wait_for_timeout(20)
+    assert condition()
+
+
 def steps(page, folder, count):
     """Waits until so many entries are written and shown."""
-    for _ in range(400):
-        if len(entries(folder)) == count:
-            break
-        page.wait_for_timeout(50)
-    assert len(entries(folder)) == count
+    wait_until(page, lambda: len(entries(folder)) == count)
     sequence, index, _ = page.get_attribute("#easel", "data-shown").rsplit("/", 2)
     address = f"{page.url.split('#')[0]}api/labels/frames?sequence={sequence}"
     key = page.request.get(address).json()[int(index)]["key"]
@@ -176,6 +180,22 @@ def test_carry_on_and_stop(page, folder):
     assert remade(*folder)["one/00002"] is None
 
 
+def test_a_frame_that_comes_late_is_not_shown(browser, served, folder):  # noqa: F811
+    written(folder).unlink(missing_ok=True)
+    with opened(browser, "about:blank") as page:
+        held = []
+        page.route("**/image?*index=1", lambda route: held.append(route))
+        page.goto(served.address)
+        at(page, "one", 0)
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        at(page, "one", 2)
+        with page.expect_response("**/image?*index=1"):
+            held[0].continue_()
+        page.wait_for_timeout(300)
+        at(page, "one", 2)
+
+
 def test_keyboard_alone(page, folder):
     for _ in range(20):
         page.keyboard.press("Tab")
@@ -268,7 +288,7 @@ def test_two_tabs(page, browser, served, folder):  # noqa: F811
         assert len(entries(folder)) == 1
         other.click("#reload")
         other.wait_for_selector("#conflict", state="hidden")
-        other.wait_for_timeout(300)
+        steps(other, folder, 1)
         assert not shown(other)[block(WRONG)].any() and shown(other)[block(SMALL)].all()
         other.mouse.click(*screen(other, *middle(SMALL)))
         steps(other, folder, 2)
@@ -282,14 +302,10 @@ def test_killed_in_the_middle(browser, folder):  # noqa: F811
         page.mouse.click(*screen(page, *middle(WRONG)))
         steps(page, folder, 1)
         page.click("#carry")
-        for _ in range(400):
-            if len(entries(folder)) >= 2:
-                break
-            page.wait_for_timeout(20)
+        wait_until(page, lambda: len(entries(folder)) >= 2)
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
         kept = entries(folder)
-        assert len(kept) >= 2
         page.keyboard.press("s")  # where the carrying had come to its end nobody else would ask
         page.locator("#wrong", has_text="does not answer").wait_for()
         with serving(folder, "--port", server.address.rstrip("/").rpartition(":")[2]):

@@ -65,7 +65,14 @@ def test_upload_to_played_result(page, film, tmp_path):
     assert max(result) - min(result) < 12, result  # a mask is grey
     page.check("text=Side by side")
     assert page.evaluate(PIXEL, [0.225, 0.3])[0] > 150
+    held = []
+    page.route("**/files", lambda route: held.append(route))
     page.select_option("#view", "overlay")  # made of the same masks
+    assert not page.locator("[data-format]:enabled").count()  # before the server answers
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
+    page.unroute("**/files")
     page.wait_for_selector("[data-format=webm]:enabled")
     with page.expect_download() as saved:
         page.click("[data-format=mp4]")
@@ -139,8 +146,14 @@ def test_nothing_moves_while_it_works(browser, served, tmp_path, width, scale, f
         assert_fits(page, width)
 
 
-def test_cancel(page, tmp_path):
-    page.set_input_files("#file", str(make_video(tmp_path / "long.mp4", 900)))
+@pytest.fixture(scope="module")
+def long_film(tmp_path_factory):
+    """What the server is at for a minute or more."""
+    return make_video(tmp_path_factory.mktemp("film") / "long.mp4", 6000)
+
+
+def test_cancel(page, long_film):
+    page.set_input_files("#file", str(long_film))
     page.click("#run:enabled")
     page.wait_for_function("document.getElementById('status').textContent.includes('frames/s')")
     page.wait_for_selector("[aria-label='long.mp4: the original left, the result right']")
@@ -181,7 +194,11 @@ def test_a_dropped_picture(page):
     assert saved.value.suggested_filename == "dog-overlay.png"
 
 
-def test_keyboard_alone(page):
+def test_keyboard_alone(page, long_film):
+    address = f"{page.url}api/clips?name=example.mp4"
+    clip = page.request.post(address, data=long_film.read_bytes()).json()
+    page.route("**/api/example", lambda route: route.fulfill(json=clip))  # a longer one
+
     def tab_to(name):
         for _ in range(40):
             page.keyboard.press("Tab")

@@ -131,9 +131,10 @@ async function go(index) {
 async function draw() {
   const frame = state.frames[state.index];
   const { sequence } = state;
+  const wentOn = () => frame !== state.frames[state.index] || sequence !== state.sequence;
   await guarded(async () => {
     const [image, found] = await Promise.all([picture(sequence, frame), regions(sequence, frame)]);
-    if (frame !== state.frames[state.index] || sequence !== state.sequence) return; // it went on
+    if (wentOn()) return;
     const canvas = byId("frame");
     canvas.width = image.width;
     canvas.height = image.height;
@@ -148,6 +149,7 @@ async function draw() {
     if (at) state.cross = [Math.min(at[0], image.width - 1), Math.min(at[1], image.height - 1)];
     paint();
   });
+  if (wentOn()) return;
   const stamp = byId("stamp");
   stamp.hidden = frame.mark === "open";
   stamp.textContent = frame.mark === "skip" ? "Skipped" : "All right";

@@ -125,6 +125,7 @@ function run() {
 function changeView() {
   if (job?.state !== "done") return;
   shown = "";
+  drawDownloads();
   if (byId("view").value === job.view) { poll(); return; }
   act(() => json(`/api/jobs/${job.id}/files`, { view: byId("view").value, format: "preview" }));
 }
