@@ -25,7 +25,7 @@ from commands import refused, vsod
 from vsod_models import batch, prediction
 from vsod_models.batch import Cut, Options, Task, Worker, find_tasks, record_of
 from vsod_models.errors import InputError
-from vsod_models.files import locked
+from vsod_models.files import locked, whole_file
 from vsod_models.media.reading import open_source
 
 MODEL = """
@@ -448,7 +448,7 @@ def actors(mark):
     return found
 
 
-def wait_for(condition, process, seconds=240):
+def wait_for(condition, process, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end and process.poll() is None, Path("errors").read_text()
@@ -463,6 +463,14 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
     pytest.importorskip("ray", reason="the extra `batch` is not installed")
     count, out = 200, tmp_path / "out"
     folder = clips(count, frames=2, seconds=0.05)
+    with open("tiny_batch_model.py", "a") as file:  # no machine is done before it was killed
+        file.write(
+            "\n\nfrom glob import glob\n\nclass Held(Bright):\n"
+            "    def forward(self, frames):\n"
+            f"        while len(glob('{out}/*.mp4')) >= int(open('{tmp_path}/most').read()):\n"
+            "            time.sleep(0.02)\n"
+            "        return super().forward(frames)\n"
+        )
     (folder / "007.mp4").write_bytes(b"no video")
     (folder / "077.mp4").write_bytes((folder / "000.mp4").read_bytes()[:-300])
     make_video(folder / "050.mp4", frames=60, gop=7)
@@ -470,7 +478,7 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
     environment = {**os.environ, "VSOD_MARK": str(tmp_path), "RAY_worker_niceness": "0"}
     command = [
         sys.executable, "-m", "vsod_models.cli", "batch", "clips", "-o", "out", "--as", "mask",
-        "--model", "tiny_batch_model:Bright", "--device", "cpu", "--actors", "2", "--json-lines",
+        "--model", "tiny_batch_model:Held", "--device", "cpu", "--actors", "2", "--json-lines",
         "--retries", "4", "--parts", "1",
     ]  # fmt: skip
 
@@ -487,10 +495,16 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
                 files[output] = output.stat().st_mtime_ns
         return files
 
+    def allow(outputs):
+        """So many are made, and a few at most that are under way; the rest waits."""
+        with whole_file("most") as part:
+            part.write_text(str(outputs))
+
     seen = {}
+    allow(15)
     process = start()
     try:
-        wait_for(lambda: len(done()) >= 5, process)
+        wait_for(lambda: len(done()) >= 5 and '"done"' in Path("printed").read_text(), process)
         process.terminate()
         assert process.wait(120) == 130, Path("errors").read_text()
         stopped = (out / "manifest.jsonl").read_text().splitlines()
@@ -498,16 +512,19 @@ def test_two_hundred_videos_and_five_kills(clips, tmp_path):
         (out / "manifest.jsonl").unlink()
         process = start()
         for number, at in enumerate((15, 40, 65, 90), start=1):
+            allow(at + 10)
             wait_for(lambda at=at: len(done()) >= at and actors(tmp_path), process)
             alive = actors(tmp_path)
             for one in alive if number == 4 else alive[:1]:
                 os.kill(one, signal.SIGKILL)
             seen |= done()
+        allow(130)
         wait_for(lambda: len(done()) >= 120, process)
         seen |= done()
         process.kill()
         process.wait()
         assert not (out / "manifest.jsonl").exists(), "it is written when a run ends"
+        allow(count)
         process = start()
         process.wait(400)
     finally:
