@@ -73,8 +73,9 @@ def serve(folder):
 
     os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])  # one core: no worker processes
     server = socket.socket(socket.AF_UNIX)
-    server.bind(f"{folder}/socket")
+    server.bind(f"{folder}/early")
     server.listen()
+    os.rename(f"{folder}/early", f"{folder}/socket")  # who finds it is answered
     number = 0
     while True:
         client, _ = server.accept()

@@ -364,6 +364,16 @@ def test_one_is_not_said_as_several(tmp_path, capsys):
     assert "Used: 1 frame of 1 sequence." in said, err
 
 
+# Workers do not get on with their start before the file is there.
+HELD = """
+import os, sys, time
+if any(f"multiprocessing.{kind}" in word for kind in ("spawn", "forkserver")
+       for word in sys.orig_argv):
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+"""
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
 @pytest.mark.parametrize("command", [
     "data check folder set --split val --jobs 2",
@@ -372,9 +382,12 @@ def test_one_is_not_said_as_several(tmp_path, capsys):
 def test_ctrl_c_in_the_middle_of_a_pool_is_one_line(tmp_path, command):
     """It goes to all processes of a terminal, also to those that are just starting."""
     davis(tmp_path / "set", split="val")
+    text(tmp_path / "held/sitecustomize.py", HELD)
+    path = [str(tmp_path / "held"), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-m", "vsod_models.cli", *command.split()], start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )  # fmt: skip
 
     def together():
@@ -391,6 +404,7 @@ def test_ctrl_c_in_the_middle_of_a_pool_is_one_line(tmp_path, command):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
+    (tmp_path / "go").touch()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert err == "vsod: stopped: what was not finished is not kept\n"
