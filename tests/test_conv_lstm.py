@@ -21,6 +21,7 @@ from checks_conv_lstm import (
     eager_conv_lstm,
     lstm_inputs,
     lstm_sweep_case,
+    moved,
 )
 
 from vsod_ops import conv_lstm, conv_lstm_cell
@@ -89,8 +90,8 @@ def test_error_rule(backend, shape, options, dtype):
 
 # Narrow, or with many channels: the library convolves.
 NARROW = [
-    ((2, 3, 20, 12, 7, 6), dict(peephole="channel", layout="permuted")),
-    ((1, 1, 16, 8, 1, 1), dict()),
+    ((2, 3, 36, 28, 7, 6), dict(peephole="channel", layout="permuted")),
+    ((8, 1, 120, 100, 1, 1), dict()),
     ((2, 2, 3, 22, 9, 15), dict(peephole="full", kernel=5)),
     ((1, 3, 96, 100, 3, 20), dict(state=False, bias=False)),
 ]
@@ -114,14 +115,45 @@ def test_steps_of_narrow_images_are_taken_in_windows(recompute):
 
 
 @needs_cpu
+@pytest.mark.parametrize(
+    "wanted, calls",
+    (
+        (["bias"], 2),  # dh of steps 2 and 1
+        (["x"], 3),  # and dx of all steps
+        (["weight_ih"], 3),
+        (["x", "weight_ih"], 3),
+        (["weight_hh"], 4),  # that of the first h apart
+        (["h"], 3),
+        (list(NAMES), 6),
+    ),
+)
+def test_narrow_images_convolve_only_for_the_gradients_that_are_needed(wanted, calls):
+    leaves = require_grad(lstm_inputs(1, 3, 32, 32, 32, 3, torch.float32), wanted)
+    out, _ = call(leaves, backend="cpu")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out.sum().backward()
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::convolution_backward") == calls
+
+
+@needs_cpu
 def test_autocast_does_not_reach_into_narrow_images():
-    inputs = lstm_inputs(1, 2, 16, 16, 8, 8, torch.float32)
+    inputs = lstm_inputs(1, 2, 32, 32, 8, 8, torch.float32)
     rounded = {k: t.to(torch.bfloat16) for k, t in inputs.items() if t is not None}
     rounded = inputs | rounded | {"c": inputs["c"]}
     expected, _ = call(rounded, backend="cpu")
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = call(inputs, backend="cpu")
     assert torch.equal(out, expected)
+
+
+@needs_cpu
+@pytest.mark.parametrize("channels, hidden", ((3, 5), (64, 64)))
+def test_products_of_bfloat16_are_exact_and_summed_in_float32(channels, hidden):
+    inputs = lstm_inputs(1, 1, channels, hidden, 9, 33, torch.bfloat16, peephole="channel")
+    _, (_, c_last) = call(inputs, backend="cpu")
+    _, expected = eager_conv_lstm(**moved(inputs, torch.float64))
+    torch.testing.assert_close(c_last.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

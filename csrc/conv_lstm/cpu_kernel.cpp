@@ -15,6 +15,8 @@
 //                  convolutions and for the weight gradients.  Along the width lie the lanes.
 //                  Where x, h or a weight is beyond kMostSummed, its sums of rows could overflow
 //                  or cancel infinities: then all is done again without it.
+//     bfloat16     with vdpbf16ps the forward runs the same code on pairs of planes, without
+//                  Winograd (PairOp).
 //     backward     step t, from the last, one pass.  A task is a strip of rows, taken in bands.
 //                  The gate gradients of a band, and of the rows around it that the kernel
 //                  reaches, are made from the saved state into a window in scratch, out of which
@@ -114,6 +116,48 @@ VSOD_INLINE void store_first(N* p, Vec<S> v, int64_t count) {
   for (int i = 0; i < count && i < kLanes<S>; ++i) p[i] = Narrow<N>::from(v[i]);
 }
 
+// ------------------------------------------------------------------ arithmetic of one element
+
+// What the convolutions read: numbers in the compute type S.
+template <class T>
+struct PlainOp {
+  using S = T;
+  using Element = T;
+  static constexpr int kPlanes = 1;  // in one element
+  static constexpr bool kWinograd = true;
+  static VSOD_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
+  static VSOD_INLINE T element(T first, T) { return first; }
+  template <class N>
+  static VSOD_INLINE Vec<T> load_elements(const N* first, const N*) {
+    return load_wide<T>(first);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 in one word: the same pixel, or weight, of two neighbouring planes.  Their products
+// are exact and summed in float32.
+struct PairOp {
+  using S = float;
+  using Element = uint32_t;
+  static constexpr int kPlanes = 2;
+  static constexpr bool kWinograd = false;  // its sums would be rounded to bfloat16
+  static VSOD_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+    return Vec<float>(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+  }
+  static VSOD_INLINE uint32_t element(float first, float second) {  // both are bfloat16
+    return float_to_bits(first) >> 16 | (float_to_bits(second) & 0xffff0000);
+  }
+  static VSOD_INLINE Vec<uint32_t> load_elements(const BFloat16* first, const BFloat16* second) {
+    const Vec<uint32_t> low = words(first);
+    return second ? low | words(second) << 16 : low;
+  }
+  static VSOD_INLINE Vec<uint32_t> words(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return Vec<uint32_t>(_mm512_cvtepu16_epi32(bits));
+  }
+};
+#endif
+
 // ------------------------------------------------------------------ sigmoid and tanh
 
 // exp(x) = scale * (1 + part), x <= 0, part = e^r - 1 with |r| <= ln 2 / 2.  NaN is kept; the
@@ -174,22 +218,25 @@ VSOD_INLINE Quotient<double> tanh_of(Vec<double> x) {
 
 // sums[j][v] = sum over planes and taps of weights[plane][tap][j] * in[plane][offset of tap + v]
 // for kOutputs outputs and V vectors of pixels.
-template <class S, int V>
-void conv_block(const S* in, int64_t plane_stride, int64_t planes, const int64_t* offsets,
-                int64_t taps, const S* weights, S* sums) {
+template <class Op, int V>
+void conv_block(const typename Op::Element* in, int64_t plane_stride, int64_t planes,
+                const int64_t* offsets, int64_t taps, const typename Op::Element* weights,
+                typename Op::S* sums) {
+  using S = typename Op::S;
+  using Element = typename Op::Element;
   constexpr int kN = kLanes<S>;
   Vec<S> sum[kOutputs][V] = {};
   for (int64_t plane = 0; plane < planes; ++plane) {
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const S* at = in + offsets[tap];
-      Vec<S> x[V];
+      const Element* at = in + offsets[tap];
+      Vec<Element> x[V];
 #pragma GCC unroll 6
       for (int v = 0; v < V; ++v) x[v] = load(at + v * kN);
 #pragma GCC unroll 4
       for (int j = 0; j < kOutputs; ++j) {
-        const Vec<S> w = broadcast(weights[j]);
+        const Vec<Element> w = broadcast(weights[j]);
 #pragma GCC unroll 6
-        for (int v = 0; v < V; ++v) sum[j][v] += w * x[v];
+        for (int v = 0; v < V; ++v) sum[j][v] = Op::multiply_add(sum[j][v], w, x[v]);
       }
       weights += kOutputs;
     }
@@ -201,17 +248,18 @@ void conv_block(const S* in, int64_t plane_stride, int64_t planes, const int64_t
     for (int v = 0; v < V; ++v) store(sums + (j * kMaxVectors + v) * kN, sum[j][v]);
 }
 
-template <class S>
-VSOD_INLINE void conv(int vectors, const S* in, int64_t plane_stride, int64_t planes,
-                      const int64_t* offsets, int64_t taps, const S* weights, S* sums) {
+template <class Op>
+VSOD_INLINE void conv(int vectors, const typename Op::Element* in, int64_t plane_stride,
+                      int64_t planes, const int64_t* offsets, int64_t taps,
+                      const typename Op::Element* weights, typename Op::S* sums) {
   switch (vectors) {
-    case 1: return conv_block<S, 1>(in, plane_stride, planes, offsets, taps, weights, sums);
-    case 2: return conv_block<S, 2>(in, plane_stride, planes, offsets, taps, weights, sums);
-    case 3: return conv_block<S, 3>(in, plane_stride, planes, offsets, taps, weights, sums);
+    case 1: return conv_block<Op, 1>(in, plane_stride, planes, offsets, taps, weights, sums);
+    case 2: return conv_block<Op, 2>(in, plane_stride, planes, offsets, taps, weights, sums);
+    case 3: return conv_block<Op, 3>(in, plane_stride, planes, offsets, taps, weights, sums);
 #if defined(__AVX512F__)
-    case 4: return conv_block<S, 4>(in, plane_stride, planes, offsets, taps, weights, sums);
-    case 5: return conv_block<S, 5>(in, plane_stride, planes, offsets, taps, weights, sums);
-    case 6: return conv_block<S, 6>(in, plane_stride, planes, offsets, taps, weights, sums);
+    case 4: return conv_block<Op, 4>(in, plane_stride, planes, offsets, taps, weights, sums);
+    case 5: return conv_block<Op, 5>(in, plane_stride, planes, offsets, taps, weights, sums);
+    case 6: return conv_block<Op, 6>(in, plane_stride, planes, offsets, taps, weights, sums);
 #endif
   }
 }
@@ -304,8 +352,10 @@ constexpr S kMostSummed = sizeof(S) == 4 ? S(1e18) : S(1e150);
 //     first row = part 0 + 1 + 2, second row = part 1 - 2 + 3
 // Each part is a convolution with the 3 taps of one row: 12 products for 2 pixels, not 18.
 // Otherwise: one part, the input itself, with all taps, and one output row at a time.
-template <class S>
+template <class Op>
 struct Layout {
+  using S = typename Op::S;
+  using Element = typename Op::Element;
   static constexpr int kN = kLanes<S>;
   int64_t kernel, dilation;
   int64_t half_y, half_x;      // of the kernel, in taps
@@ -324,7 +374,8 @@ struct Layout {
         half_x(smaller(p.kernel / 2, (p.width - 1) / p.dilation)), reach_y(half_y * dilation),
         reach_x(half_x * dilation), kernel_y(2 * half_y + 1), kernel_x(2 * half_x + 1),
         margin(round_up(2 * reach_x, kN)), pitch(margin + round_up(columns, kN)),
-        paired(p.kernel == 3 && half_y == 1 && 2 * dilation <= p.height && !p.direct),
+        paired(Op::kWinograd && p.kernel == 3 && half_y == 1 && 2 * dilation <= p.height &&
+               !p.direct),
         parts(paired ? 4 : 1), taps(paired ? kernel_x : kernel_y * kernel_x),
         unit_rows(paired ? 2 : 1) {}
 
@@ -408,13 +459,13 @@ struct Layout {
   // sums[row of the unit][output][vector]: in points to the first pixel of the unit's part 0, the
   // weights are [part][all_planes][tap][kOutputs], of which the first `planes` are used.
   // Room for `parts` rows.
-  VSOD_INLINE void convolve(int vectors, const S* in, int64_t plane_stride, int64_t planes,
-                            int64_t all_planes, const int64_t* offsets, const S* weights,
+  VSOD_INLINE void convolve(int vectors, const Element* in, int64_t plane_stride, int64_t planes,
+                            int64_t all_planes, const int64_t* offsets, const Element* weights,
                             S* sums) const {
     constexpr int64_t kRow = kOutputs * kMaxVectors * kN;
     for (int64_t part = 0; part < parts; ++part)
-      conv<S>(vectors, in + part * pitch, plane_stride, planes, offsets, taps,
-              weights + part * all_planes * taps * kOutputs, sums + part * kRow);
+      conv<Op>(vectors, in + part * pitch, plane_stride, planes, offsets, taps,
+               weights + part * all_planes * taps * kOutputs, sums + part * kRow);
     if (!paired) return;
     for (int j = 0; j < kOutputs; ++j)
       for (int v = 0; v < vectors; ++v) {
@@ -455,48 +506,61 @@ struct Blocks {
   int64_t first(int64_t i) const { return i * vectors / count; }
 };
 
-// Copies one plane of a tile with its border; what lies outside of the image is zero.
-template <class S, class N>
-void pack_plane(const Problem& p, const Layout<S>& layout, const Tile& tile, const N* src,
-                int64_t stride_y, int64_t stride_x, S* dst) {
+// Copies one plane of a tile with its border; what lies outside of the image is zero.  second: the
+// other plane of a pair, null: zeros.
+template <class Op, class N>
+void pack_plane(const Problem& p, const Layout<Op>& layout, const Tile& tile, const N* src,
+                const N* second, int64_t stride_y, int64_t stride_x, typename Op::Element* dst) {
+  using Element = typename Op::Element;
   const int64_t reach = layout.reach_x;
   const int64_t left = larger(tile.x - reach, 0);
   const int64_t right = smaller(tile.x + tile.columns + reach, p.width);
   const int64_t before = layout.margin - reach - (tile.x - left);
   const int64_t end = tile.y + round_up(tile.rows, layout.row_step()) + layout.reach_y;
   dst += reach;
+  constexpr int kN = kLanes<Element>;
   for (int64_t y = tile.y - layout.reach_y; y < end; ++y, dst += layout.pitch) {
     if (y < 0 || y >= p.height) {
-      memset(dst, 0, layout.pitch * sizeof(S));
+      memset(dst, 0, layout.pitch * sizeof(Element));
       continue;
     }
-    const N* row = src + y * stride_y + left * stride_x;
+    const int64_t start = y * stride_y + left * stride_x;
+    const N *row = src + start, *other = second ? second + start : nullptr;
     for (int64_t x = 0; x < before; ++x) dst[x] = 0;
-    S* to = dst + before;
+    Element* to = dst + before;
     const int64_t count = right - left;
+    int64_t x = 0;
     if (stride_x == 1) {
-      if constexpr (sizeof(N) == sizeof(S)) {
-        memcpy(to, row, count * sizeof(S));
+      if constexpr (sizeof(N) == sizeof(Element)) {
+        memcpy(to, row, count * sizeof(Element));
+        x = count;
       } else {
-        for (int64_t x = 0; x < count; x += kLanes<S>) {
-          if (count - x >= kLanes<S>) {
-            store(to + x, load_wide<S>(row + x));
-          } else {
-            for (int64_t i = x; i < count; ++i) to[i] = widen(row[i]);
-          }
-        }
+        for (; x + kN <= count; x += kN)
+          store(to + x, Op::load_elements(row + x, other ? other + x : nullptr));
       }
-    } else {
-      for (int64_t x = 0; x < count; ++x) to[x] = widen(row[x * stride_x]);
     }
-    for (int64_t x = before + count; x < layout.pitch; ++x) dst[x] = 0;
+    for (; x < count; ++x)
+      to[x] = Op::element(widen(row[x * stride_x]), other ? widen(other[x * stride_x]) : 0);
+    for (x = before + count; x < layout.pitch; ++x) dst[x] = 0;
   }
 }
 
 // ------------------------------------------------------------------ what both directions share
 
-template <class S, class N>
+// Of so many planes; x and h are paired apart.
+template <class Op>
+int64_t elements(int64_t planes) {
+  return ceil_div(planes, Op::kPlanes);
+}
+template <class Op>
+int64_t input_elements(const Problem& p) {
+  return elements<Op>(p.channels) + elements<Op>(p.hidden);
+}
+
+template <class Op, class N>
 struct Common {
+  using S = typename Op::S;
+  using Element = typename Op::Element;
   static constexpr int kN = kLanes<S>;
   const Problem& p;
   const int64_t pixels;  // of one image
@@ -525,33 +589,49 @@ struct Common {
   // x_t and h_{t-1}, packed; returns how many planes.  `plain` is room for one plane.
   // Sets `unfit` where x or the first h has numbers that do not fit Winograd's form, as the
   // backward does where a gate's gradient has.
-  int64_t pack_inputs(const Layout<S>& layout, const Tile& tile, int64_t t, int64_t plane, S* plain,
-                      S* dst) const {
+  int64_t pack_inputs(const Layout<Op>& layout, const Tile& tile, int64_t t, int64_t plane,
+                      Element* plain, Element* dst) const {
     const N* x = static_cast<const N*>(p.x.data) + tile.b * p.x.b + t * p.x.t;
-    const int64_t planes = p.channels + (hidden_plane(t, tile.b, 0) ? p.hidden : 0);
-    for (int64_t i = 0; i < planes; ++i, dst += plane) {
-      S* to = layout.paired ? plain : dst;
-      if (i < p.channels) pack_plane(p, layout, tile, x + i * p.x.c, p.x.y, p.x.x, to);
-      else pack_plane(p, layout, tile, hidden_plane(t, tile.b, i - p.channels), p.width, 1, to);
-      if (!layout.paired) continue;
-      if (i >= p.channels && t > 0)  // o * tanh(c): at most one
-        layout.template split<false>(plain, tile.rows, dst);
-      else if (!layout.template split<true>(plain, tile.rows, dst))
-        __atomic_store_n(&unfit, true, __ATOMIC_RELAXED);
-    }
-    return planes;
+    const N* h = hidden_plane(t, tile.b, 0);
+    const auto pack = [&](const N* planes, int64_t stride, int64_t i, int64_t count, int64_t row,
+                          int64_t column, bool check) {
+      const N* first = planes + i * stride;
+      const N* second = Op::kPlanes == 2 && i + 1 < count ? first + stride : nullptr;
+      pack_plane<Op>(p, layout, tile, first, second, row, column, layout.paired ? plain : dst);
+      if constexpr (Op::kWinograd) {
+        if (layout.paired && !check) layout.template split<false>(plain, tile.rows, dst);
+        else if (layout.paired && !layout.template split<true>(plain, tile.rows, dst))
+          __atomic_store_n(&unfit, true, __ATOMIC_RELAXED);
+      }
+      dst += plane;
+    };
+    for (int64_t i = 0; i < p.channels; i += Op::kPlanes)
+      pack(x, p.x.c, i, p.channels, p.x.y, p.x.x, true);
+    for (int64_t i = 0; i < p.hidden && h; i += Op::kPlanes)
+      pack(h, pixels, i, p.hidden, p.width, 1, t == 0);  // later o * tanh(c): at most one
+    return elements<Op>(p.channels) + (h ? elements<Op>(p.hidden) : 0);
   }
 
   // weights[m][part][plane][tap][gate]
-  void pack_forward_weights(const Layout<S>& layout) const {
-    S* to = static_cast<S*>(p.weights);
+  void pack_forward_weights(const Layout<Op>& layout) const {
+    Element* to = static_cast<Element*>(p.weights);
+    const int64_t of_x = elements<Op>(p.channels);
     for (int64_t m = 0; m < p.hidden; ++m)
       for (int64_t part = 0; part < layout.parts; ++part)
-        for (int64_t plane = 0; plane < p.channels + p.hidden; ++plane)
+        for (int64_t i = 0; i < input_elements<Op>(p); ++i) {
+          const bool x = i < of_x;
+          const int64_t first = x ? i * Op::kPlanes : p.channels + (i - of_x) * Op::kPlanes;
+          const int64_t end = x ? p.channels : p.channels + p.hidden;
           for (int64_t tap = 0; tap < layout.taps; ++tap)
-            for (int64_t gate = 0; gate < 4; ++gate)
-              *to++ = layout.part_weight(
-                  part, tap, [&](int64_t i) { return weight(gate * p.hidden + m, plane, i); });
+            for (int64_t gate = 0; gate < 4; ++gate) {
+              const auto of_plane = [&](int64_t plane) {
+                return plane >= end ? S(0) : layout.part_weight(part, tap, [&](int64_t place) {
+                  return this->weight(gate * p.hidden + m, plane, place);
+                });
+              };
+              *to++ = Op::element(of_plane(first), Op::kPlanes == 2 ? of_plane(first + 1) : S(0));
+            }
+        }
   }
   S weight(int64_t g, int64_t plane, int64_t tap) const {
     const int64_t taps = p.kernel * p.kernel;
@@ -609,21 +689,22 @@ struct Common {
   }
 };
 
-template <class S>
+template <class Op>
 int64_t forward_weights(const Problem& p) {
-  const Layout<S> layout(p, p.width);
-  return 4 * p.hidden * (p.channels + p.hidden) * layout.parts * layout.taps;
+  const Layout<Op> layout(p, p.width);
+  return 4 * p.hidden * input_elements<Op>(p) * layout.parts * layout.taps;
 }
 
 // ------------------------------------------------------------------ forward
 
-template <class S>
+template <class Op>
 Tiling forward_tiling(const Problem& p) {
+  using S = typename Op::S;
   Tiling tiling;
   for (tiling.across = 1;; ++tiling.across) {
     tiling.columns = columns_of<S>(p, tiling.across);
-    const Layout<S> layout(p, tiling.columns);
-    const int64_t step = layout.row_step(), planes = p.channels + p.hidden;
+    const Layout<Op> layout(p, tiling.columns);
+    const int64_t step = layout.row_step(), planes = input_elements<Op>(p);
     const auto bytes = [&](int64_t rows) {
       return (planes * layout.plane(rows) + layout.plain_plane(rows)) * int64_t(sizeof(S));
     };
@@ -641,41 +722,44 @@ Tiling forward_tiling(const Problem& p) {
   return tiling;
 }
 
-template <class S, class N>
-struct Forward : Common<S, N> {
-  using Base = Common<S, N>;
+template <class Op, class N>
+struct Forward : Common<Op, N> {
+  using Base = Common<Op, N>;
+  using S = typename Op::S;
+  using Element = typename Op::Element;
   using Base::kN;
   using Base::p;
   using Base::t;
 
   const Tiling tiling;
-  const Layout<S> layout;
+  const Layout<Op> layout;
   const int64_t plane;
 
   explicit Forward(const Problem& problem)
-      : Base(problem), tiling(forward_tiling<S>(problem)), layout(problem, tiling.columns),
+      : Base(problem), tiling(forward_tiling<Op>(problem)), layout(problem, tiling.columns),
         plane(layout.plane(tiling.rows)) {
     layout.write_offsets(p.offsets);
     this->pack_forward_weights(layout);
   }
 
   struct Places {
-    S *packed, *plain, *sums;
+    Element *packed, *plain;
+    S* sums;
 
     Places(Scratch& scratch, const Forward& run) {
-      packed = scratch.piece<S>((run.p.channels + run.p.hidden) * run.plane);
-      plain = scratch.piece<S>(run.layout.plain_plane(run.tiling.rows));
-      sums = scratch.piece<S>(Layout<S>::kSums);
+      packed = scratch.piece<Element>(input_elements<Op>(run.p) * run.plane);
+      plain = scratch.piece<Element>(run.layout.plain_plane(run.tiling.rows));
+      sums = scratch.piece<S>(Layout<Op>::kSums);
     }
   };
 
   void run(const Tile& tile, const Places& at) const {
-    const int64_t all_planes = p.channels + p.hidden;
+    const int64_t all_planes = input_elements<Op>(p);
     const int64_t planes = this->pack_inputs(layout, tile, t, plane, at.plain, at.packed);
     const Blocks blocks(ceil_div(tile.columns, kN));
     const int64_t per_channel = all_planes * layout.parts * layout.taps * kOutputs;
     for (int64_t m = 0; m < p.hidden; ++m) {
-      const S* weights = static_cast<const S*>(p.weights) + m * per_channel;
+      const Element* weights = static_cast<const Element*>(p.weights) + m * per_channel;
       for (int64_t unit = 0; unit < layout.units(tile.rows); ++unit)
         for (int64_t i = 0; i < blocks.count; ++i) {
           const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
@@ -694,9 +778,9 @@ struct Forward : Common<S, N> {
 };
 
 // Returns false where it met numbers that do not fit Winograd's form, and gave up.
-template <class S, class N>
+template <class Op, class N>
 bool try_forward(const Problem& p, Parallel parallel, int64_t* missing) {
-  using Run = Forward<S, N>;
+  using Run = Forward<Op, N>;
   using Places = typename Run::Places;
   Run run(p);
   for (run.t = 0; run.t < p.steps && !*missing && !run.unfit; ++run.t)
@@ -717,10 +801,12 @@ bool weights_fit(const N* weights, int64_t count) {
 }
 
 // Calls run(problem, missing), and again without Winograd where numbers do not fit.
-template <class S, class N, class Run>
+template <class Op, class N, class Run>
 int64_t with_fitting_form(const Problem& problem, const Run& run) {
+  using S = typename Op::S;
   Problem p = problem;
-  p.direct = !weights_fit<S>(static_cast<const N*>(p.weight_ih),
+  p.direct = !Op::kWinograd ||
+             !weights_fit<S>(static_cast<const N*>(p.weight_ih),
                              4 * p.hidden * p.channels * p.kernel * p.kernel) ||
              !weights_fit<S>(static_cast<const N*>(p.weight_hh),
                              4 * p.hidden * p.hidden * p.kernel * p.kernel);
@@ -733,10 +819,10 @@ int64_t with_fitting_form(const Problem& problem, const Run& run) {
   return missing;
 }
 
-template <class S, class N>
+template <class Op, class N>
 int64_t forward(const Problem& problem, Parallel parallel) {
-  return with_fitting_form<S, N>(problem, [&](const Problem& p, int64_t* missing) {
-    return try_forward<S, N>(p, parallel, missing);
+  return with_fitting_form<Op, N>(problem, [&](const Problem& p, int64_t* missing) {
+    return try_forward<Op, N>(p, parallel, missing);
   });
 }
 
@@ -755,16 +841,17 @@ int64_t gate_panel(const Problem& p) {
 
 // What one group sums: dW [panel][plane][part][tap][panel lanes], db [lanes],
 // dpeephole [3][M][vector].
-template <class S>
+template <class Op>
 int64_t group_sums(const Problem& p) {
-  const Layout<S> layout(p, p.width);
+  using S = typename Op::S;
+  const Layout<Op> layout(p, p.width);
   const int64_t planes = p.channels + p.hidden, lanes = gate_lanes<S>(p);
   return lanes * planes * layout.parts * layout.taps + lanes + 3 * p.hidden * kLanes<S>;
 }
 
-template <class S>
+template <class Op>
 int64_t backward_weights(const Problem& p) {
-  const Layout<S> layout(p, p.width);
+  const Layout<Op> layout(p, p.width);
   const int64_t outputs = round_up(p.hidden, kOutputs) + round_up(p.channels, kOutputs);
   return outputs * 4 * p.hidden * layout.parts * layout.taps;
 }
@@ -780,24 +867,26 @@ struct Strips {
 struct Pieces {
   int64_t inputs, window, split, transposed;
 };
-template <class S>
-Pieces pieces(const Problem& p, const Layout<S>& layout, const Strips& strips) {
+template <class Op>
+Pieces pieces(const Problem& p, const Layout<Op>& layout, const Strips& strips) {
   const int64_t gates = 4 * p.hidden, band = strips.band;
-  return {(p.channels + p.hidden) * layout.plane(band), gates * layout.plain_plane(band),
-          layout.paired ? gates * layout.plane(band) : 0,
-          gate_panel<S>(p) * layout.units(band) * layout.parts * strips.tiling.columns};
+  return {
+      (p.channels + p.hidden) * layout.plane(band), gates * layout.plain_plane(band),
+      layout.paired ? gates * layout.plane(band) : 0,
+      gate_panel<typename Op::S>(p) * layout.units(band) * layout.parts * strips.tiling.columns};
 }
 
-template <class S>
+template <class Op>
 Strips backward_strips(const Problem& p) {
+  using S = typename Op::S;
   constexpr int kN = kLanes<S>;
   Strips strips;
   Tiling& tiling = strips.tiling;
   for (tiling.across = 1;; ++tiling.across) {
     tiling.columns = columns_of<S>(p, tiling.across);
-    strips.halo = tiling.across == 1 ? 0 : round_up(Layout<S>(p, p.width).reach_x, kN);
+    strips.halo = tiling.across == 1 ? 0 : round_up(Layout<Op>(p, p.width).reach_x, kN);
     strips.columns = smaller(p.width, tiling.columns + 2 * strips.halo);
-    const Layout<S> layout(p, strips.columns);
+    const Layout<Op> layout(p, strips.columns);
     const int64_t step = layout.row_step(), all = round_up(p.height, step);
     const int64_t enough = smaller(all, layout.paired ? step : 2 * layout.reach_y + 2);
     const auto fits = [&](int64_t band) {
@@ -821,17 +910,18 @@ Strips backward_strips(const Problem& p) {
   return strips;
 }
 
-template <class S>
+template <class Op>
 int64_t groups(const Problem& p) {
-  const Tiling tiling = backward_strips<S>(p).tiling;
+  const Tiling tiling = backward_strips<Op>(p).tiling;
   const int64_t tiles = p.full_peephole ? tiling.down * tiling.across : tiling.tiles(p);
-  const int64_t fit = kSumBytes / (group_sums<S>(p) * int64_t(sizeof(S)));
+  const int64_t fit = kSumBytes / (group_sums<Op>(p) * int64_t(sizeof(typename Op::S)));
   return smaller(tiles, smaller(larger(fit, kFewestGroups), kMostGroups));
 }
 
-template <class S, class N>
-struct GateGradients : Common<S, N> {
-  using Base = Common<S, N>;
+template <class Op, class N>
+struct GateGradients : Common<Op, N> {
+  using Base = Common<Op, N>;
+  using S = typename Op::S;
   using Base::kN;
   using Base::p;
   using Base::t;
@@ -951,27 +1041,28 @@ struct GateGradients : Common<S, N> {
   }
 };
 
-template <class S, class N>
-struct Backward : GateGradients<S, N> {
-  using Base = GateGradients<S, N>;
+template <class Op, class N>
+struct Backward : GateGradients<Op, N> {
+  using Base = GateGradients<Op, N>;
+  using S = typename Op::S;
   using Base::kN;
   using Base::p;
   using Base::t;
   static constexpr int64_t kRow = kOutputs * kMaxVectors * kN;  // sums of one row
 
   const Strips strips;
-  const Layout<S> layout;
+  const Layout<Op> layout;
   const int64_t gates, lanes, panel_lanes, plane, window_plane;
-  const int64_t hidden_blocks, channel_blocks;
+  const int64_t hidden_blocks, channel_blocks;  // of outputs: dh, and dx where it is needed
   const bool need_weights, sum_peephole;
 
   explicit Backward(const Problem& problem)
-      : Base(problem), strips(backward_strips<S>(problem)), layout(problem, strips.columns),
+      : Base(problem), strips(backward_strips<Op>(problem)), layout(problem, strips.columns),
         gates(4 * problem.hidden), lanes(gate_lanes<S>(problem)),
         panel_lanes(gate_panel<S>(problem)), plane(layout.plane(strips.band)),
         window_plane(layout.plain_plane(strips.band)),
         hidden_blocks(ceil_div(problem.hidden, kOutputs)),
-        channel_blocks(ceil_div(problem.channels, kOutputs)),
+        channel_blocks(problem.dx ? ceil_div(problem.channels, kOutputs) : 0),
         need_weights(problem.dweight_ih || problem.dweight_hh),
         sum_peephole(problem.dpeephole && !problem.full_peephole) {
     this->gate_stride = p.hidden * window_plane;
@@ -1010,7 +1101,7 @@ struct Backward : GateGradients<S, N> {
       split = scratch.piece<S>(needs.split);
       plain = scratch.piece<S>(run.layout.paired ? run.window_plane : 0);
       transposed = scratch.piece<S>(needs.transposed);
-      sums = scratch.piece<S>(Layout<S>::kSums);
+      sums = scratch.piece<S>(Layout<Op>::kSums);
       peephole_sums = scratch.piece<S>(peephole_numbers);
       window_numbers = needs.window;
     }
@@ -1021,7 +1112,7 @@ struct Backward : GateGradients<S, N> {
     // Whole pixels a group where each pixel has a weight of its own.
     const int64_t unit = p.full_peephole ? p.batch : 1, units = strips.tiling.tiles(p) / unit;
     const int64_t last = (group + 1) * units / p.groups * unit;
-    S* sums = static_cast<S*>(p.sums) + group * group_sums<S>(p);
+    S* sums = static_cast<S*>(p.sums) + group * group_sums<Op>(p);
     for (int64_t i = group * units / p.groups * unit; i < last; ++i)
       run(strips.tiling.tile(p, i), sums, at);
   }
@@ -1053,7 +1144,7 @@ struct Backward : GateGradients<S, N> {
                 (2 * reach * layout.pitch + layout.reach_x) * sizeof(S));
       }
     }
-    S* peephole_total = group + group_sums<S>(p) - 3 * p.hidden * kN;
+    S* peephole_total = group + group_sums<Op>(p) - 3 * p.hidden * kN;
     if (sum_peephole)
       for (int64_t i = 0; i < at.peephole_numbers; ++i) peephole_total[i] += at.peephole_sums[i];
   }
@@ -1104,7 +1195,7 @@ struct Backward : GateGradients<S, N> {
   // dh_{t-1} and dx_t of a band; `shift`: columns from the window's first to the band's.
   void input_gradients(const Tile& band, int64_t shift, const Places& at) const {
     const int64_t first_block = t > 0 || p.dh ? 0 : hidden_blocks;
-    const int64_t end_block = hidden_blocks + (p.dx ? channel_blocks : 0);
+    const int64_t end_block = hidden_blocks + channel_blocks;
     if (first_block >= end_block) return;
     const S* in = at.window;
     if (layout.paired) {
@@ -1159,6 +1250,8 @@ struct Backward : GateGradients<S, N> {
   void weight_gradients(const Tile& band, int64_t shift, const Places& at, S* group) const {
     const int64_t planes =
         need_weights ? this->pack_inputs(layout, band, t, plane, at.plain, at.inputs) : 0;
+    const int64_t first_plane = p.dweight_ih ? 0 : p.channels;
+    const int64_t end_plane = p.dweight_hh ? planes : smaller(p.channels, planes);
     const int64_t units = layout.units(band.rows), columns = strips.tiling.columns;
     const int64_t depth_columns = smaller(band.columns, kDepthPixels);
     const int64_t depth_units = larger(1, kDepthPixels / band.columns);
@@ -1166,7 +1259,7 @@ struct Backward : GateGradients<S, N> {
     for (int64_t panel = 0; panel < lanes; panel += panel_lanes) {
       transpose(band, shift, panel, at, group);
       S* panel_sums = group + panel * (p.channels + p.hidden) * layout.parts * layout.taps;
-      for (int64_t unit = 0; unit < units && planes; unit += depth_units)
+      for (int64_t unit = 0; unit < units && first_plane < end_plane; unit += depth_units)
         for (int64_t x = 0; x < band.columns; x += depth_columns) {
           Depth depth{smaller(depth_units, units - unit), smaller(depth_columns, band.columns - x),
                       0, 0};
@@ -1175,8 +1268,8 @@ struct Backward : GateGradients<S, N> {
           for (int64_t part = 0; part < layout.parts; ++part) {
             const S* b = at.transposed +
                          ((part * layout.units(strips.band) + unit) * columns + x) * panel_lanes;
-            for (int64_t plane = 0; plane < planes; plane += kWeightRows) {
-              const int64_t some = smaller(kWeightRows, planes - plane);
+            for (int64_t plane = first_plane; plane < end_plane; plane += kWeightRows) {
+              const int64_t some = smaller(kWeightRows, end_plane - plane);
               for (int64_t tap = 0; tap < layout.taps; ++tap) {
                 const S* a =
                     at.inputs + plane * this->plane + layout.at(unit, part) + x + p.offsets[tap];
@@ -1194,7 +1287,7 @@ struct Backward : GateGradients<S, N> {
 
   // transposed[part][unit][column][panel lanes] from the window, and its sum over pixels.
   void transpose(const Tile& band, int64_t shift, int64_t panel, const Places& at, S* group) const {
-    S* bias_sums = group + group_sums<S>(p) - 3 * p.hidden * kN - lanes;
+    S* bias_sums = group + group_sums<Op>(p) - 3 * p.hidden * kN - lanes;
     const int64_t per_row = strips.tiling.columns * panel_lanes;
     const int64_t per_part = layout.units(strips.band) * per_row;
     const int64_t last_part = layout.parts - 1;
@@ -1238,7 +1331,7 @@ struct Backward : GateGradients<S, N> {
 
   // Adds the groups, in order.  One task is one gate.
   void reduce(int64_t g) const {
-    const int64_t planes = p.channels + p.hidden, size = group_sums<S>(p);
+    const int64_t planes = p.channels + p.hidden, size = group_sums<Op>(p);
     const int64_t taps = layout.parts * layout.taps, all_taps = p.kernel * p.kernel;
     const S* sums = static_cast<const S*>(p.sums);
     const int64_t panel = g / panel_lanes * panel_lanes;
@@ -1278,12 +1371,13 @@ struct Backward : GateGradients<S, N> {
   }
 };
 
-template <class S, class N>
+template <class Op, class N>
 bool try_backward(const Problem& p, Parallel parallel, int64_t* missing) {
-  using Run = Backward<S, N>;
+  using Run = Backward<Op, N>;
+  using S = typename Op::S;
   using Places = typename Run::Places;
   Run run(p);
-  memset(p.sums, 0, p.groups * group_sums<S>(p) * sizeof(S));
+  memset(p.sums, 0, p.groups * group_sums<Op>(p) * sizeof(S));
   if (p.dpeephole && p.full_peephole) memset(p.dpeephole, 0, 3 * p.hidden * run.pixels * sizeof(S));
   for (run.t = p.steps - 1; run.t >= 0 && !*missing && !run.unfit; --run.t)
     *missing = each_task<Places>(parallel, p.groups, run, [&](int64_t group, const Places& at) {
@@ -1293,10 +1387,10 @@ bool try_backward(const Problem& p, Parallel parallel, int64_t* missing) {
   return !run.unfit;
 }
 
-template <class S, class N>
+template <class Op, class N>
 int64_t backward(const Problem& problem, Parallel parallel) {
-  return with_fitting_form<S, N>(problem, [&](const Problem& p, int64_t* missing) {
-    return try_backward<S, N>(p, parallel, missing);
+  return with_fitting_form<Op, N>(problem, [&](const Problem& p, int64_t* missing) {
+    return try_backward<Op, N>(p, parallel, missing);
   });
 }
 
@@ -1306,8 +1400,8 @@ int64_t backward(const Problem& problem, Parallel parallel) {
 // A task is a channel: it sums its own gradients of biases and peepholes, batch after batch and
 // step after step.
 template <class S, class N>
-struct Gates : GateGradients<S, N> {
-  using Base = GateGradients<S, N>;
+struct Gates : GateGradients<PlainOp<S>, N> {
+  using Base = GateGradients<PlainOp<S>, N>;
   using Base::kN;
   using Base::p;
   using Base::t;
@@ -1401,12 +1495,17 @@ int64_t step_gates(const Problem& problem, int64_t step, Parallel parallel) {
   });
 }
 
+// Below so many products of a step, the way to the library costs more than it saves.
+constexpr int64_t kFewestOfLibrary = 1 << 22;
+
 // Whether the library's convolution is faster (docs/conv_lstm.md): where the rows of an image leave
 // lanes empty, or are few for the weights that pass by each tile.
 template <class S>
 bool library_is_faster(const Problem& p) {
   const int64_t planes = p.channels + p.hidden;
-  if (sizeof(S) == 8 || planes < 24) return false;
+  const int64_t products =  // of one step
+      p.batch * p.height * p.width * planes * 4 * p.hidden * p.kernel * p.kernel;
+  if (sizeof(S) == 8 || planes < 24 || products < kFewestOfLibrary) return false;
   return p.width < kLanes<S> || (planes >= 192 && 2 * p.width <= 3 * kLanes<S>);
 }
 
@@ -1419,20 +1518,24 @@ void activate(const void* x, void* sigmoids, void* tanhs, int64_t count) {
   }
 }
 
-template <class S, class N>
-constexpr Kernel kKernel = {
-    forward_weights<S>,     backward_weights<S>, group_sums<S>,        groups<S>,
-    forward<S, N>,          backward<S, N>,      library_is_faster<S>, step_gates<S, N, false>,
-    step_gates<S, N, true>, activate<S>};
+template <class Op, class Back, class N, class S = typename Op::S>
+constexpr Kernel kKernel = {forward_weights<Back>,  backward_weights<Back>,
+                            group_sums<Back>,       groups<Back>,
+                            forward<Op, N>,         backward<Back, N>,
+                            library_is_faster<S>,   step_gates<S, N, false>,
+                            step_gates<S, N, true>, activate<S>};
 
 }  // namespace
 
 extern const Kernel* const conv_lstm_kernels[];
 #if defined(__AVX512BF16__)
-const Kernel* const conv_lstm_kernels[] = {nullptr, nullptr, nullptr, &kKernel<float, BFloat16>};
+const Kernel* const conv_lstm_kernels[] = {nullptr, nullptr, nullptr,
+                                           &kKernel<PairOp, PlainOp<float>, BFloat16>};
 #else
-const Kernel* const conv_lstm_kernels[] = {&kKernel<float, float>, &kKernel<double, double>,
-                                           &kKernel<float, Float16>, &kKernel<float, BFloat16>};
+template <class S, class N>
+constexpr Kernel kPlain = kKernel<PlainOp<S>, PlainOp<S>, N>;
+const Kernel* const conv_lstm_kernels[] = {&kPlain<float, float>, &kPlain<double, double>,
+                                           &kPlain<float, Float16>, &kPlain<float, BFloat16>};
 #endif
 
 }  // namespace VSOD_LEVEL
