@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("av")
+cv2 = pytest.importorskip("cv2")
 
-from vsod_models.cli import main
-from vsod_models.cli.start import shared_threads
+from vsod_models.cli import main  # noqa: E402
+from vsod_models.cli.start import shared_threads  # noqa: E402
 
 CODE = """
 import sys
@@ -42,7 +43,7 @@ with open("/proc/self/maps") as maps:
 assert "torch" not in sys.modules
 import torch
 assert torch.ones(2).sum() == 2
-from vsod_models.cli import main
+from vsod_models.cli import main  # noqa: E402
 try:
     main(["predict", "none.mp4", "-o", "masks.mp4"])
 except SystemExit as done:
@@ -62,6 +63,7 @@ def test_memory_is_kept_in_a_process_of_the_command_alone(monkeypatch):
     kept = []
     monkeypatch.setattr("vsod_models.cli.start.keep_memory", lambda: kept.append(1))
     monkeypatch.setattr("vsod_models.cli.start.load_torch", lambda: None)
+    monkeypatch.setattr("vsod_models.cli.start.leave_at_once", lambda: lambda: None)
     arguments = ["predict", "none.mp4", "-o", "masks.mp4"]
     monkeypatch.setattr(sys, "argv", ["vsod", *arguments])
     for given, times in ((arguments, 0), (None, 1)):
@@ -72,11 +74,40 @@ def test_memory_is_kept_in_a_process_of_the_command_alone(monkeypatch):
 
 
 def test_threads_are_shared_for_as_long_as_two_want_them():
+    before = cv2.getNumThreads()
     torch.set_num_threads(4)
+    cv2.setNumThreads(4)
     for shared, threads in ((True, 2), (False, 4)):
         with shared_threads(shared):
-            assert torch.get_num_threads() == threads
-        assert torch.get_num_threads() == 4
+            assert torch.get_num_threads() == cv2.getNumThreads() == threads
+        assert torch.get_num_threads() == cv2.getNumThreads() == 4
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     with shared_threads(True):
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == cv2.getNumThreads() == 1
+    cv2.setNumThreads(before)
+
+
+LEFT = """
+import atexit, sys
+from vsod_models.cli import start
+class Kept:
+    def __del__(self):
+        print("freed")
+kept = Kept()
+kept.itself = kept
+done = start.leave_at_once()
+atexit.register(print, "exit handler")
+print("made")
+if sys.argv[1] == "done":
+    done()
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("arguments, freed", [(("done", "0"), []), (("not", "3"), ["freed"])])
+def test_a_command_that_is_done_leaves_without_freeing_its_objects(arguments, freed):
+    call = [sys.executable, "-c", LEFT, *arguments]
+    ended = subprocess.run(call, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (int(arguments[1]), "")
+    assert ended.stdout.split("\n")[:-1] == ["made", "exit handler", *freed]

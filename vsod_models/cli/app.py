@@ -97,15 +97,21 @@ def main(argv: list[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    done: Callable[[], None] | None = None
     if argv is None and arguments[:1] == ["predict"]:  # the process is the command's own
         start.keep_memory()
         start.load_torch()
+        done = start.leave_at_once()
     if threading.current_thread() is threading.main_thread():
         # Whatever waits for the end of a frame on Ctrl-C then does so here.
         signal.signal(signal.SIGTERM, interrupt)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is an error
     try:
         app(arguments, prog_name="vsod")
+    except SystemExit as ended:
+        if done is not None and not ended.code:
+            done()
+        raise
     except Exception as error:
         if debug:
             raise

@@ -147,20 +147,21 @@ def predict(
         window = None
         if show:
             window = stack.enter_context(contextlib.closing(Window(f"vsod {source.name}")))
-        predictor = prediction.load_predictor(
-            model,
-            device,
-            parse_size(size) if size else None,
-            prior=prior,
-            options=parse_options(model_option or []),
-            trust_remote_code=trust_remote_code,
-            overlap=overlap,
-            batch=batch,
-            precision=precision,
-            crf=crf,
-            refine=refine,
-            causal=causal,
-        )
+        with shared_threads(True):  # small work, for which a second thread would mostly wait
+            predictor = prediction.load_predictor(
+                model,
+                device,
+                parse_size(size) if size else None,
+                prior=prior,
+                options=parse_options(model_option or []),
+                trust_remote_code=trust_remote_code,
+                overlap=overlap,
+                batch=batch,
+                precision=precision,
+                crf=crf,
+                refine=refine,
+                causal=causal,
+            )
         print(predictor.describe(), flush=True)
         if dataset is None:
             _predict_file(predictor, source, output, view, colour, overwrite, window)
