@@ -260,6 +260,24 @@ def test_activations_run_with_their_convolutions(precision):
         torch.testing.assert_close(quick(frames), plain(frames), **bound)
 
 
+def test_a_vgg_in_float32_is_the_same_frame_by_frame_and_with_other_products():
+    model = MSSA(
+        "vgg16_bn", {"width": 0.125}, num_heads=(2, 4), dim=16, depth=1, feed_forward=20
+    ).eval()
+    quick, plain = VideoPredictor(model, "cpu").model, for_inference(model)
+    fused = torch.backends.mkldnn.is_available()
+    linear = [m for m in quick.modules() if isinstance(m, nn.Linear)]
+    assert len(linear) > 10 and all(("forward" in vars(m)) is fused for m in linear)
+    assert quick.backbone.at_once == (1 if fused else None) and plain.backbone.at_once is None
+    assert list(quick.state_dict()) == list(plain.state_dict())
+    frames = torch.rand(1, 3, 3, 64, 96)
+    seen = []
+    quick.backbone.body.register_forward_pre_hook(lambda body, images: seen.append(len(images[0])))
+    with torch.inference_mode():
+        torch.testing.assert_close(quick(frames), plain(frames), rtol=1e-4, atol=1e-4)
+    assert seen == ([1, 1, 1] if fused else [3])
+
+
 def test_an_overlay_is_drawn_where_something_is_salient():
     frame = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
     saliency = np.zeros((40, 60), np.float32)

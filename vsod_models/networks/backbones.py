@@ -68,6 +68,8 @@ class Backbone(nn.Module):
         self.name, self.strides = name, tuple(strides)
         # Depth-wise convolutions are twice as fast in this layout, and so is their training.
         self.channels_last = name.startswith("mobilenet")
+        # Images in a row, where their maps are so large that memory for them is cleared each time.
+        self.at_once: int | None = None
         self.channels = [maps[stride][1] for stride in strides]
         self.body = create_feature_extractor(network, {maps[s][0]: str(s) for s in strides})
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
@@ -83,8 +85,11 @@ class Backbone(nn.Module):
         images = (images - self.mean) / self.std
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        maps = self.body(images)
-        return [maps[str(stride)] for stride in self.strides]
+        if self.at_once is None or len(images) <= self.at_once:
+            maps = self.body(images)
+            return [maps[str(stride)] for stride in self.strides]
+        parts = [self.body(part) for part in images.split(self.at_once)]
+        return [torch.cat([part[str(stride)] for part in parts]) for stride in self.strides]
 
     def load_weights(self, weights: str | Path) -> None:
         """Loads ImageNet weights.

@@ -215,8 +215,10 @@ class Motion(nn.Module):
         added = []
         for step, share, m in zip(self.steps, self.shares, maps, strict=True):
             x = step(x)
-            size = m.shape[-2:]
-            added.append(F.interpolate(share(x), size, mode="bilinear", align_corners=False))
+            shared, size = share(x), m.shape[-2:]
+            if torch.compiler.is_exporting() or shared.shape[-2:] != size:
+                shared = F.interpolate(shared, size, mode="bilinear", align_corners=False)
+            added.append(shared)
         return added
 
 
