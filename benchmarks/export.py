@@ -42,7 +42,7 @@ def models() -> dict[str, Callable[[], Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--match", default="", help="only models with this in their names")
+    add("--match", nargs="+", default=[""], help="only models with one of these in their names")
     add(
         "--files",
         type=Path,
@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"{error.name} is missing: pip install -e '.[models,onnx]'") from None
     args.device = "cpu"
     device = begin(args)
-    chosen = {name: build for name, build in models().items() if args.match in name}
+    chosen = {n: build for n, build in models().items() if any(part in n for part in args.match)}
     if not chosen:
-        raise BadInput(f"no model has {args.match!r} in its name; there are {', '.join(models())}")
+        parts = " or ".join(map(repr, args.match))
+        raise BadInput(f"no model has {parts} in its name; there are {', '.join(models())}")
     if not export.CAN_CHECK:
         raise BadInput("vsod_ops._cpu is not built: pip install -e . with a C++ compiler")
     args.files.mkdir(parents=True, exist_ok=True)
