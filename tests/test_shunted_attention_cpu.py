@@ -145,13 +145,16 @@ def test_the_layer_takes_its_parts_one_by_one_where_they_are_not_plain(monkeypat
     def pre_hook(layer):
         layer.reduce[0].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
 
+    def another_forward(layer):
+        layer.query.forward = lambda x: torch.nn.functional.linear(2 * x, layer.query.weight)
+
     def another_class(layer):
         layer.out.__class__ = Doubled
 
     def no_bias(layer):
         layer.query.bias = None
 
-    for change in (hook, pre_hook, another_class, no_bias):
+    for change in (hook, pre_hook, another_forward, another_class, no_bias):
         layer = ShuntedAttention(32, 4)
         change(layer)
         expected = layer(x)

@@ -16,9 +16,9 @@
 // S = q k^T with the row maximum taken from the accumulators, P = exp2(S - max) in place,
 // O = O * correction + P v.  Keys and values are packed once per call, before.
 //
-// Backward: a task is (head, kBlockKeys keys).  It walks the queries in blocks and does all five
-// products on one tile: S, dP = dO v^T, dV += P^T dO, dK += dS^T q, dQ += dS k.  dK and dV stay
-// in the task's scratch; dQ is shared by the tasks of a head, and is added to in the order of
+// Backward: a task is (head, up to kBlockKeys keys).  It walks the queries in blocks and does all
+// five products on one tile: S, dP = dO v^T, dV += P^T dO, dK += dS^T q, dQ += dS k.  dK and dV
+// stay in the task's scratch; dQ is shared by the tasks of a head, and is added to in the order of
 // the key blocks: a task waits for its turn at each query block (a wavefront, since tasks start
 // in that order).  So there are no copies of dQ, and the bits do not depend on the threads.
 
@@ -28,6 +28,7 @@
 
 #include "../common/scratch.h"
 #include "../common/simd.h"
+#include "cpu_tile.h"
 
 namespace vsod {
 namespace VSOD_LEVEL {
@@ -41,31 +42,6 @@ constexpr int kForwardKeys = 256;
 constexpr int kBackwardQueries = 8 * kTileRows;
 constexpr int kPad = 16;  // breaks the power-of-two stride of score tiles
 
-// ------------------------------------------------------------------ arithmetic of one element
-
-// Elements are plain numbers.
-template <class T>
-struct PlainOp {
-  using Number = T;                     // accumulators, scores, softmax
-  using Element = T;                    // what the products read
-  static constexpr int kDepthStep = 1;  // numbers along the depth in one element
-  static constexpr int kExpDegree = 5;
-  static VSOD_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
-};
-
-#if defined(__AVX512BF16__)
-// Elements are two bfloat16 in one word.
-struct PairOp {
-  using Number = float;
-  using Element = uint32_t;
-  static constexpr int kDepthStep = 2;
-  static constexpr int kExpDegree = 4;
-  static VSOD_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
-    return Vec<float>(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
-  }
-};
-#endif
-
 constexpr int kTileColumnVectors = 2;
 template <class Op>
 constexpr int kTileColumns = kTileColumnVectors * kLanes<typename Op::Number>;
@@ -73,38 +49,11 @@ constexpr int kTileColumns = kTileColumnVectors * kLanes<typename Op::Number>;
 template <class Op>
 constexpr int kBlockKeys = 448 / (kTileRows * kTileColumns<Op>)*(kTileRows * kTileColumns<Op> / 2);
 
-// ------------------------------------------------------------------ register tile
+// ------------------------------------------------------------------ products
 
-// sum[i][0..1] = A[i, :] @ B for kRows rows and kVectors vectors of columns:
-// A[i, k] = a[i * kRowStep + k * kDepthStep], B[k, :] = b[k * b_stride ...].
-// Then finish(i, sum[i][0], sum[i][1]) for each row; what is not computed is zero.
-template <class Op, int kRows, int kVectors, int kRowStep, int kStep, class Finish>
-VSOD_INLINE void tile_product(const typename Op::Element* a, const typename Op::Element* b,
-                              int64_t b_stride, int64_t depth, Finish finish) {
-  using Number = typename Op::Number;
-  using Element = typename Op::Element;
-  constexpr int kN = kLanes<Number>;
-  Vec<Number> sum[kRows][2] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<Element> y[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) y[v] = load(b + v * kN);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<Element> x = broadcast(a[i * kRowStep]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = Op::multiply_add(sum[i][v], x, y[v]);
-    }
-    a += kStep;
-    b += b_stride;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) finish(i, sum[i][0], sum[i][1]);
-}
-
-// The same for a tile of which `rows` and `columns` are wanted: all of it, or halves.
+// A tile of which `rows` and `columns` are wanted: all of it, or halves.
 template <class Op, int kRowStep, int kStep, class Finish>
-VSOD_INLINE void tile_product(int64_t rows, int64_t columns, const typename Op::Element* a,
+VSOD_INLINE void part_product(int64_t rows, int64_t columns, const typename Op::Element* a,
                               const typename Op::Element* b, int64_t b_stride, int64_t depth,
                               Finish finish) {
   constexpr int kHalf = kTileRows / 2;
@@ -132,7 +81,7 @@ VSOD_INLINE void accumulate(const typename Op::Element* a, int64_t a_panel_strid
     const auto* a_panel = a + i0 / kTileRows * a_panel_stride;
     for (int64_t j = 0; j < columns; j += kTileColumns<Op>) {
       Number* c_tile = c + i0 * c_stride + j;
-      tile_product<Op, kRowStep, kStep>(rows - i0, columns - j, a_panel, b + j, b_stride, depth,
+      part_product<Op, kRowStep, kStep>(rows - i0, columns - j, a_panel, b + j, b_stride, depth,
                                         [&](int i, Vec<Number> s0, Vec<Number> s1)
                                             __attribute__((always_inline)) {
                                               Number* row = c_tile + i * c_stride;
@@ -434,7 +383,7 @@ struct Forward {
       const Element* k_panel = packed_keys + j * layout.depth;
       const int valid = int(smaller(kColumns, keys - j));
       for (int64_t i0 = 0; i0 < rows; i0 += kTileRows)
-        tile_product<Op, 1, kTileRows>(
+        part_product<Op, 1, kTileRows>(
             rows - i0, valid, at.q_panels + i0 * layout.depth, k_panel, kColumns, layout.depth,
             [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
               Number* row = at.scores + (i0 + i) * kScoreStride + j;
@@ -565,7 +514,14 @@ struct Backward {
         padded_dim(round_up(problem.head_dim, kTileColumns<Op>)),
         query_blocks(ceil_div(problem.queries, kQueries)), factor(problem.scale * kLog2e) {}
 
-  static int64_t key_blocks(const Group& group) { return ceil_div(group.length, kKeys); }
+  // Blocks of a head are about equal: each waits for the one before, so that a short one beside a
+  // long one would leave the machine to one thread.
+  static int64_t block_keys(const Group& group) {
+    return round_up(ceil_div(group.length, ceil_div(group.length, kKeys)), kColumns);
+  }
+  static int64_t key_blocks(const Group& group) {
+    return ceil_div(group.length, block_keys(group));
+  }
 
   Number* row_term(int which, int64_t b, int64_t head) const {
     return static_cast<Number*>(p.row_terms) + ((which * p.batch + b) * p.heads + head) * p.queries;
@@ -661,8 +617,9 @@ struct Backward {
     bool need_dq, need_dk, need_dv;
 
     Keys(const Problem& p, const Task& of)
-        : task(of), group(*of.group), head(of.group->first_head + of.h), first(of.block * kKeys),
-          count(smaller(kKeys, of.group->length - of.block * kKeys)), need_dq(p.dq.data),
+        : task(of), group(*of.group), head(of.group->first_head + of.h),
+          first(of.block * block_keys(*of.group)),
+          count(smaller(block_keys(*of.group), of.group->length - first)), need_dq(p.dq.data),
           need_dk(of.group->dk.data), need_dv(of.group->dv.data) {}
     bool need_ds() const { return need_dq || need_dk; }
   };
@@ -729,7 +686,7 @@ struct Backward {
   VSOD_INLINE void score(const Keys& keys, const Queries& queries, const Places& at) const {
     for (int64_t j = 0; j < keys.count; j += kColumns)
       for (int64_t i0 = 0; i0 < queries.count; i0 += kTileRows)
-        tile_product<Op, 1, kTileRows>(
+        part_product<Op, 1, kTileRows>(
             queries.count - i0, keys.count - j, at.q_panels + i0 * depth, at.k_panels + j * depth,
             kColumns, depth,
             [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
@@ -742,7 +699,7 @@ struct Backward {
     for (int64_t j = 0; j < keys.count; j += kColumns) {
       const int valid = int(smaller(kColumns, keys.count - j));
       for (int64_t i0 = 0; i0 < queries.count; i0 += kTileRows)
-        tile_product<Op, 1, kTileRows>(
+        part_product<Op, 1, kTileRows>(
             queries.count - i0, valid, at.do_panels + i0 * depth, at.v_panels + j * depth, kColumns,
             depth, [&](int i, Vec<Number> s0, Vec<Number> s1) __attribute__((always_inline)) {
               const int64_t place = (i0 + i) * kStride + j;

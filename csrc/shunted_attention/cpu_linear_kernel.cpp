@@ -15,6 +15,7 @@
 
 #include "../common/scratch.h"
 #include "../common/simd.h"
+#include "cpu_tile.h"
 
 namespace vsod {
 namespace VSOD_LEVEL {
@@ -79,25 +80,13 @@ void pack(const Gathered& x, float* packed, Parallel parallel) {
 template <int kVectors>
 VSOD_INLINE void add_product(const float* weights, const float* columns, int64_t depth, bool first,
                              float* sum, int64_t stride) {
-  Vec<float> tile[kTileRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<float> x[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) x[v] = load(columns + k * kVectors * kN + v * kN);
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-      const Vec<float> w = broadcast(weights[i * kWeightStride + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) tile[i][v] += w * x[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      float* at = sum + i * stride + v * kN;
-      store(at, first ? tile[i][v] : load(at) + tile[i][v]);
-    }
+  tile_product<PlainOp<float>, kTileRows, kVectors, kWeightStride, 1>(
+      weights, columns, kVectors * kN, depth,
+      [&](int i, Vec<float> s0, Vec<float> s1) __attribute__((always_inline)) {
+        float* at = sum + i * stride;
+        store(at, first ? s0 : load(at) + s0);
+        if constexpr (kVectors == 2) store(at + kN, first ? s1 : load(at + kN) + s1);
+      });
 }
 
 // sum[i] (vectors, still to be added up) += weights[i] * row of one block

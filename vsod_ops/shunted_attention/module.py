@@ -167,7 +167,9 @@ class ShuntedAttention(nn.Module):
             type(m) is SpatialReduction and m.pad_to_ceil for m in reductions
         )
         parts = [*linears, *self.reduce]
-        if not plain or any(m._forward_hooks or m._forward_pre_hooks for m in parts):
+        if not plain or any(
+            m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in parts
+        ):
             return None
         projections, convolutions = (
             [p for m in some for p in (m.weight, m.bias)] for some in (linears, reductions)
