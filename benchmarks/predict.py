@@ -119,9 +119,10 @@ def stages(args: argparse.Namespace, video: Path, folder: Path) -> dict[str, Any
     import cv2
 
     from vsod_models.cli.start import keep_memory
+    from vsod_models.media.planes import Planes
     from vsod_models.media.reading import open_source
-    from vsod_models.media.views import overlay
-    from vsod_models.media.writing import open_writer
+    from vsod_models.media.views import overlay, overlay_on
+    from vsod_models.media.writing import Video, open_writer
     from vsod_models.prediction import VideoPredictor, resized
     from vsod_models.zoo import load_model
 
@@ -154,17 +155,27 @@ def stages(args: argparse.Namespace, video: Path, folder: Path) -> dict[str, Any
     )
     results = timed("network and upsampling", lambda: list(predictor.stream(clip)), count)
     each["network and upsampling"] -= each["resizing"]
-    drawn = timed(
-        "drawing", lambda: [overlay(r.frame, r.saliency, (0, 0, 0)) for r in results], count
-    )
+    with open_writer(folder / "stages.mp4", open_source(video), overwrite=True) as writer:
+        assert isinstance(writer, Video)
 
-    def write() -> None:
-        with open_writer(folder / "stages.mp4", open_source(video), overwrite=True) as writer:
+        def draw(frame: Any, saliency: Any) -> Any:
+            planes = writer.planes(frame)
+            if planes is None:
+                return overlay(frame.picture, saliency, (0, 0, 0))
+            overlay_on(planes, saliency)
+            return planes
+
+        def write() -> None:
             for picture, frame in zip(drawn, frames, strict=True):
-                writer.write(picture, frame)
+                if isinstance(picture, Planes):
+                    writer.write_planes(picture, frame)
+                else:
+                    writer.write(picture, frame)
             writer.close()
 
-    timed("encoding", write, count)
+        saliencies = [result.saliency for result in results]
+        drawn = timed("drawing", lambda: list(map(draw, frames, saliencies)), count)
+        timed("encoding", write, count)
     torch.set_num_threads(threads)
     return {
         "each": each,
