@@ -188,7 +188,7 @@ def test_a_stopped_training_says_what_it_kept_and_one_folder_takes_one(tmp_path,
     assert first.poll() is None
     first.send_signal(number)
     _, err = first.communicate(timeout=120)
-    assert first.returncode == 130 and "Traceback" not in err
+    assert first.returncode == 130 and "Traceback" not in err, err
     assert err.splitlines()[-1].endswith(
         "last.ckpt is the last checkpoint; --resume goes on from it"
     )
