@@ -8,7 +8,7 @@ import pytest
 import torch
 from checks import needs_cpu
 
-from vsod_ops import backends
+from vsod_ops import backends, schemas
 
 RAW = torch.ops.vsod_ops
 NONE = None, None
@@ -29,6 +29,16 @@ def test_nothing_of_python_is_in_a_module(library):
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert any(name.startswith("torch_library_impl") for name in names)
     assert not [name for name in names if name.startswith(("Py", "_Py")) or "pybind11" in name]
+
+
+def test_a_module_of_other_sources_says_so(tmp_path, monkeypatch):
+    (tmp_path / "dense_crf").mkdir()
+    (tmp_path / "dense_crf" / "schemas.inc").write_text(
+        'R"(\nof_tomorrow_cpu.out(\n  Tensor x) -> Tensor\n)"'
+    )
+    monkeypatch.setattr(schemas, "__file__", str(tmp_path / "schemas.py"))
+    with pytest.raises(ImportError, match=r"lacks of_tomorrow_cpu: .* build it again"):
+        schemas.library("dense_crf")
 
 
 @needs_cpu

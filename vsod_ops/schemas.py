@@ -16,14 +16,26 @@ from . import backends
 
 
 def library(op: str) -> torch.library.Library:
-    """A library for registrations of `op`, whose schemas are defined."""
+    """A library for registrations of `op`, whose schemas are defined.
+
+    Raises ImportError where the compiled module lacks some of them.
+    """
     lib = torch.library.Library("vsod_ops", "FRAGMENT")
     backends.compiled_module("_cpu")
+    text = (Path(__file__).parent / op / "schemas.inc").read_text()
+    text = text.removeprefix('R"(').rstrip().removesuffix(')"')  # the marks of C++
+    schemas = [" ".join(schema.split()) for schema in text.split("\n\n")]
     if not hasattr(torch.ops.vsod_ops, op):
-        text = (Path(__file__).parent / op / "schemas.inc").read_text()
-        text = text.removeprefix('R"(').rstrip().removesuffix(')"')  # the marks of C++
-        for schema in text.split("\n\n"):
-            lib.define(" ".join(schema.split()))
+        for schema in schemas:
+            lib.define(schema)
+    for schema in schemas:
+        name = schema[: schema.index("(")].partition(".")[0]
+        if not hasattr(torch.ops.vsod_ops, name):
+            path = backends.library_path("_cpu")
+            raise ImportError(
+                f"{path} lacks {name}: it was built from other sources than these; build it again "
+                "(pip install -e .)"
+            )
     return lib
 
 
