@@ -18,11 +18,12 @@ pytest.importorskip("cv2")
 pytest.importorskip("skimage")
 pytest.importorskip("torchvision")
 
+import lightning
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vsod_models.cli import app, main
-from vsod_models.errors import InputError
+from vsod_models.errors import InputError, Stopped
 from vsod_models.files import whole_file, whole_folder
 from vsod_models.prior.motion import clip_motion
 from vsod_models.training.recipe import RECIPES, Config, Shape, find_recipe, read_config
@@ -463,6 +464,24 @@ def test_a_run_folder_is_not_overwritten(recipe, tmp_path):
     (tmp_path / "run" / "last.ckpt").write_bytes(before[:1000])
     with pytest.raises(InputError, match=r"last\.ckpt: not a checkpoint"):
         train(read_config(recipe, [f"out={tmp_path}/run"]), resume=True)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_what_fails_while_a_run_is_being_stopped_is_no_fault(recipe, tmp_path, stopped):
+    class Late(lightning.Callback):
+        def on_train_batch_end(self, *rest):
+            raise KeyboardInterrupt if stopped else OSError("the first one")
+
+        def on_exception(self, *rest):
+            raise RuntimeError("half-way")
+
+    config = read_config(recipe, [f"out={tmp_path / 'run'}"])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(Stopped if stopped else RuntimeError):
+            train(config, callbacks=[Late()])
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
 
 
 def test_a_run_of_before_an_argument_was_renamed(recipe, tmp_path):

@@ -285,6 +285,10 @@ def _run(config: Config, resume: bool, callbacks: Sequence[Callback], progress: 
         trainer.fit(task, loader, ckpt_path=last if start else None, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
+    except Exception as error:
+        if _came_of_ctrl_c(error):
+            raise KeyboardInterrupt from None
+        raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
@@ -322,3 +326,12 @@ def check_same(config: Config, last: Path) -> int:
             "configuration beside it (config.yaml), or choose another out="
         )
     return iteration
+
+
+def _came_of_ctrl_c(error: BaseException | None) -> bool:
+    """Whether it was raised while Ctrl-C was being handled, by what ends a run half-way."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
