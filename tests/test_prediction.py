@@ -1,13 +1,16 @@
 """Prediction over videos: windows, views, and the command `vsod predict` as a user meets it."""
 
 import ctypes
+import gc
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -268,7 +271,7 @@ def test_a_vgg_in_float32_is_the_same_frame_by_frame_and_with_other_products():
     quick, plain = VideoPredictor(model, "cpu").model, for_inference(model)
     fused = torch.backends.mkldnn.is_available()
     linear = [m for m in quick.modules() if isinstance(m, nn.Linear)]
-    assert len(linear) > 10 and all(("forward" in vars(m)) is fused for m in linear)
+    assert len(linear) > 10 and all((type(m) is not nn.Linear) is fused for m in linear)
     assert quick.backbone.at_once == (1 if fused else None) and plain.backbone.at_once is None
     assert list(quick.state_dict()) == list(plain.state_dict())
     frames = torch.rand(1, 3, 3, 64, 96)
@@ -277,6 +280,29 @@ def test_a_vgg_in_float32_is_the_same_frame_by_frame_and_with_other_products():
     with torch.inference_mode():
         torch.testing.assert_close(quick(frames), plain(frames), rtol=1e-4, atol=1e-4)
     assert seen == ([1, 1, 1] if fused else [3])
+    layer = linear[0]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, layer.in_features)).dtype == torch.bfloat16
+
+
+def test_linear_layers_go_with_the_last_name_of_their_predictor():
+    """Without waiting for Python's collection of cycles: the next model needs the memory."""
+    model = MSSA("vgg16_bn", {"width": 0.125}, num_heads=(2, 4), dim=16, depth=1, feed_forward=20)
+    predictor = VideoPredictor(model, "cpu", precision="float32")
+    weights = [weakref.ref(m.weight) for m in predictor.model.modules() if isinstance(m, nn.Linear)]
+    gc.disable()
+    try:
+        del predictor
+        assert weights and not [weight for weight in weights if weight() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_frame_goes_to_another_process_without_what_the_decoder_holds(tmp_path):
+    frame = next(iter(open_source(make_video(tmp_path / "a.mp4", frames=2))))
+    there = pickle.loads(pickle.dumps(frame))
+    assert frame.decoded is not None and there.decoded is None
+    assert (there.picture == frame.picture).all() and there.time == frame.time
 
 
 def test_an_overlay_is_drawn_where_something_is_salient():

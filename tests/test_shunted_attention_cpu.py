@@ -160,6 +160,12 @@ def test_the_layer_takes_its_parts_one_by_one_where_they_are_not_plain(monkeypat
         expected = layer(x)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), expected)
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *rest: seen.append(m))
+    with handle, torch.no_grad():
+        layer = ShuntedAttention(32, 4)
+        layer(x)
+    assert layer.query in seen and layer.out in seen
     for layer in (ShuntedAttention(32, 4, padding="floor"), ShuntedAttention(40, 4)):
         with torch.no_grad():
             layer(x.repeat(1, 1, 1, 1, 2)[..., : layer.dim])

@@ -85,7 +85,7 @@ def is_eager() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether a mode sees every op: a counter of FLOPs, a profiler, fake tensors."""
+    """Whether a dispatch mode sees every op: a counter of FLOPs, fake tensors."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

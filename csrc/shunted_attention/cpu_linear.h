@@ -1,4 +1,4 @@
-// What the layer (layer.cpp) hands to the products of its projections (linear_kernel.cpp).
+// What the layer (cpu_layer.h) hands to the products of its projections (cpu_linear_kernel.cpp).
 #pragma once
 
 #include <stdint.h>

@@ -82,7 +82,9 @@ def shared_threads(shared: bool) -> Iterator[None]:
 
 
 def leave_at_once() -> Callable[[], None]:
-    """Gives what to call when all is done: the process then ends with 0, after its exit handlers.
+    """Gives what to call when all is done: the process then ends with 0.
+
+    Exit handlers that were registered since then run before; earlier ones do not run.
 
     Python would free the half a million objects of its modules one by one, for a quarter of a
     second.

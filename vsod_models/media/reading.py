@@ -13,7 +13,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -41,7 +41,11 @@ class Frame:
     time_base: Fraction
     duration: int = 0
     prior: np.ndarray | None = None  # (H, W) in [0, 1]: its motion prior, where that is known
-    decoded: Any = None  # the same picture as FFmpeg's frame, where that is upright
+    # The same picture as FFmpeg's frame, where that is upright; it cannot go to another process.
+    decoded: Any = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "decoded": None}
 
     @property
     def time(self) -> float:

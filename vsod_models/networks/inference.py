@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -68,7 +67,7 @@ def with_fused_activations(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, Backbone) and module.name.startswith("vgg"):
             module.at_once = 1
         if type(module) is nn.Linear and dtype == torch.float32:
-            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+            module.__class__ = _Linear
     for before, after in _neighbours(model):
         convolution, activation = before.module, after.module
         if (
@@ -81,8 +80,13 @@ def with_fused_activations(model: nn.Module, dtype: torch.dtype) -> None:
             after.module = nn.Identity()
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, module.weight, module.bias, "none", [], "")
+class _Linear(nn.Linear):
+    """A linear layer of float32 by oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
 class _Rectified(nn.Conv2d):

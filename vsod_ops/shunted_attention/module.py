@@ -156,6 +156,7 @@ class ShuntedAttention(nn.Module):
             and self.dim % 16 == 0
             and 0 < x.numel() <= FEW_TOKENS * self.dim
             and not transforms.is_watched()
+            and not torch.nn.modules.module._has_any_global_hook()
             and schemas.has_cpu_kernels()
         )
 
