@@ -20,9 +20,7 @@ def browser():
     if not os.path.exists(CHROMIUM):
         pytest.skip(f"no browser: {CHROMIUM} is not there")
     with playwright.sync_playwright() as session:
-        launched = session.chromium.launch(
-            executable_path=CHROMIUM, args=ARGUMENTS, timeout=120_000
-        )
+        launched = session.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield launched
         launched.close()
 
@@ -32,7 +30,7 @@ def opened(browser, address, **options):
     """A page at an address; what it logs as an error fails the test."""
     options = {"viewport": {"width": 1280, "height": 800}, "bypass_csp": True, **options}
     context = browser.new_context(**options)  # the policy forbids what tests evaluate
-    context.set_default_timeout(120_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))

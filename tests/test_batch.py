@@ -448,7 +448,7 @@ def actors(mark):
     return found
 
 
-def wait_for(condition, process, seconds=600):
+def wait_for(condition, process, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end and process.poll() is None, Path("errors").read_text()

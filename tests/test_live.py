@@ -332,8 +332,7 @@ def rtsp_server(data, end=None):
     return f"rtsp://user:secret@127.0.0.1:{listening.getsockname()[1]}/stream"
 
 
-def test_rtsp(tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "SECONDS", 60.0)
+def test_rtsp(tmp_path):
     source = Live(rtsp_server(transport_stream(30)))
     written = predict_file(VideoPredictor(Bright(), "cpu"), source, tmp_path / "out.mp4")
     assert 28 <= written.frames <= 30

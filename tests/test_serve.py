@@ -53,8 +53,7 @@ def send(client, data, name="clip.mp4"):
 
 
 def ended(client, job):
-    end = time.monotonic() + 240
-    while time.monotonic() < end:
+    for _ in range(600):
         (said,) = [j for j in client.get("/api/jobs").json()["jobs"] if j["id"] == job["id"]]
         if said["state"] not in ("waiting", "running"):
             return said
